@@ -1,0 +1,122 @@
+"""Batch Unsampler's two commands; with no argument (how the WebUI calls it) it does nothing.
+
+    python install.py demo [PICTURE]   make a noise-progression GIF in outputs/demo
+    python install.py test [ARGS]      run the tests
+
+Both use a private environment, .venv beside this file, made on first use.
+"""
+
+import sys
+
+USAGE = "usage: python install.py demo [PICTURE] | python install.py test [PYTEST ARGUMENTS]"
+OLDEST, NEWEST = (3, 10), (3, 12)
+
+
+def check_platform():
+    """Says clearly where the private environment cannot be made."""
+    import platform
+    import struct
+
+    here = sys.version_info[:2]
+    if not OLDEST <= here <= NEWEST:
+        sys.exit(
+            f"Batch Unsampler's demo and tests need Python 3.10 to 3.12; this is {platform.python_version()}. "
+            "Run them with another one, e.g. python3.11 install.py demo"
+        )
+    machine = platform.machine().lower()
+    if struct.calcsize("P") != 8 or (sys.platform == "darwin" and machine == "x86_64"):
+        sys.exit(f"PyTorch has no current build for {sys.platform} on {machine} ({struct.calcsize('P') * 8} bit).")
+    if sys.platform.startswith("linux") and platform.libc_ver()[0] != "glibc":
+        sys.exit("PyTorch has no build for a Linux without glibc (Alpine and other musl systems).")
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        sys.exit(
+            "This Python cannot make virtual environments (ensurepip is missing). "
+            "On Debian and Ubuntu: sudo apt install python3-venv"
+        )
+
+
+def pins(root, groups):
+    """The pinned requirements of pyproject.toml's dependency groups."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        from pip._vendor import tomli as tomllib
+    text = (root / "pyproject.toml").read_text(encoding="utf-8")
+    table = tomllib.loads(text)["dependency-groups"]
+    return [requirement for group in groups for requirement in table[group]]
+
+
+def environment(root, groups):
+    """The Python of .venv, with the pinned packages of the groups; made or completed if need be."""
+    import hashlib
+    import os
+    import subprocess
+    import venv
+
+    folder = root / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = pins(root, groups)
+    mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
+    stamp = folder / f"installed-{'-'.join(groups)}"
+    if stamp.is_file() and stamp.read_text() == mark and python.exists():
+        return python
+    print(f"Making {folder} (first time: a few minutes; PyTorch is a large download)", flush=True)
+    venv.create(folder, with_pip=True, clear=not any(folder.glob("installed-*")))
+    listed = folder / "requirements.txt"
+    listed.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(listed)]
+    if subprocess.call(install):
+        sys.exit(
+            "Installing failed; pip says why above. Nothing outside .venv was touched: mend it and run this again."
+        )
+    stamp.write_text(mark)
+    return python
+
+
+def demo(root, picture):
+    """Unsamples a picture and samples it back; the results are in outputs/demo."""
+    import subprocess
+
+    out = root / "outputs" / "demo"
+    command = [
+        *(str(environment(root, ["demo"])), "-m", "lib_unsampler", str(picture)),
+        *("--steps", "24", "--end-at-step", "8"),
+        *("-o", str(out / "progression.gif"), "--frames", str(out / "frames")),
+        *("--sheet", str(out / "contact_sheet.png"), "--curve", str(out / "sigma_curve.png")),
+        *("--resample", str(out / "resampled.png"), "--latents", str(out / "trajectory.safetensors")),
+    ]
+    print("Unsampling", picture, flush=True)
+    return subprocess.call(command, cwd=root)
+
+
+def main(arguments):
+    if not arguments:
+        return 0
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parent
+    if arguments[0] == "demo" and len(arguments) <= 2:
+        picture = Path(arguments[1]).resolve() if len(arguments) == 2 else root / "lib_unsampler/assets/cat.jpg"
+        if not picture.is_file():
+            print(f"install.py: {picture}: no such picture", file=sys.stderr)
+            return 2
+        check_platform()
+        return demo(root, picture)
+    if arguments[0] == "test":
+        import subprocess
+
+        check_platform()
+        python = environment(root, ["demo", "test"])
+        return subprocess.call([str(python), "-m", "pytest", *arguments[1:]], cwd=root)
+    print(USAGE, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

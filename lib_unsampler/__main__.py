@@ -1,0 +1,252 @@
+"""The command line: ``python -m lib_unsampler PICTURE... -o OUT.gif``. Torch is imported late."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .settings import SettingsError, allowed, parse, surface_fields
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TARGETS = {
+    "animation": (".gif",),
+    "frames": (),
+    "sheet": (".png",),
+    "curve": (".png",),
+    "latents": (".safetensors",),
+    "resample": (".png",),
+}
+"""Where results go: each target's file endings; none is a folder."""
+
+RESUMABLE = {"sampler", "cfg", "positive", "negative", "view", "reverse", "duration", "include_clean"}
+"""Fields that may differ from the trajectory that is resumed; the others are what it is."""
+
+EPILOG = """\
+With several pictures or a folder, -o and the other outputs name folders, which then hold one
+file per picture. Colours outside the mask stay; white in the mask is unsampled.
+
+examples:
+  python -m lib_unsampler cat.jpg -o cat.gif
+  python -m lib_unsampler cat.jpg -o cat.gif --steps 30 --noise path --end-at-step 10
+  python -m lib_unsampler cat.jpg --latents cat.safetensors --resample back.png
+  python -m lib_unsampler --resume cat.safetensors --resample sea.png --positive sea --cfg 3
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers an error with one line and exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, exit status 2."""
+    line = " ".join(str(message).split())
+    print(f"unsampler: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_parser() -> Parser:
+    """The parser; every setting's option, bounds and help come from settings.py."""
+    parser = Parser(
+        prog="python -m lib_unsampler",
+        description="Batch Unsampler: walk a noise schedule backwards from a picture and show every level.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"Batch Unsampler {__version__}")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", type=Path, help="picture files, or folders of them")
+    files = parser.add_argument_group("what comes out (at least one)")
+    files.add_argument("-o", dest="animation", metavar="OUT.gif", type=Path, help="the moving noise progression")
+    files.add_argument("--frames", metavar="DIR", type=Path, help="every frame as a PNG")
+    files.add_argument("--sheet", metavar="OUT.png", type=Path, help="all frames on one page, each with its sigma")
+    files.add_argument("--curve", metavar="OUT.png", type=Path, help="the sigma curve, kept levels marked")
+    files.add_argument("--latents", metavar="FILE.safetensors", type=Path, help="the trajectory, to resume from")
+    files.add_argument(
+        "--resample", metavar="OUT.png", type=Path, help="the noisiest latent, sampled back to a picture"
+    )
+    source = parser.add_argument_group("what goes in")
+    source.add_argument("--resume", metavar="FILE", type=Path, help="go on from a saved trajectory, not a picture")
+    source.add_argument("--mask", metavar="MASK", type=Path, help="a picture; white is unsampled, black stays clean")
+    source.add_argument(
+        "--size", metavar="PIXELS", type=int, help="shrink pictures to this long side, 8 to 8192 (default: 512)"
+    )
+    settings = parser.add_argument_group("settings")
+    for f in surface_fields("cli"):
+        _add_setting(settings, f)
+    return parser
+
+
+def _add_setting(group: Any, f: Any) -> None:
+    flag = "--" + f.name.replace("_", "-")
+    shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
+    text = f"{f.metadata['help']} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
+    text = text.replace("%", "%%")
+    if isinstance(f.default, bool):
+        group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
+    else:
+        group.add_argument(flag, dest=f.name, metavar=f.name.upper(), help=text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    given = vars(make_parser().parse_args(argv))
+    try:
+        job = check(given)
+        run(*job)
+    except KeyboardInterrupt:
+        print("unsampler: interrupted; no half-written file was left", file=sys.stderr)
+        return 130
+    except (SettingsError, ValueError, OSError, MemoryError) as error:
+        fail(str(error) or type(error).__name__)
+    return 0
+
+
+def check(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
+    """Splits the arguments into (inputs, settings, targets) and refuses what can be seen to be wrong.
+
+    Raises:
+        SettingsError: with everything that is wrong, at once.
+    """
+    names = {f.name for f in surface_fields("cli")}
+    settings = {k: v for k, v in given.items() if k in names}
+    targets = {k: v for k, v in given.items() if k in TARGETS}
+    inputs = {k: given.get(k) for k in ("pictures", "resume", "mask", "size")}
+    errors: list[str] = []
+    try:
+        parse(settings, "cli")
+    except SettingsError as error:
+        errors += error.errors
+    if not targets:
+        errors.append("nothing to make: name at least one of -o, --frames, --sheet, --curve, --latents, --resample")
+    if inputs["resume"]:
+        errors += _check_resume(inputs, settings, targets)
+    elif not inputs["pictures"]:
+        errors.append("PICTURE: none given (a file, several, or a folder; or --resume FILE)")
+    if inputs["size"] is not None and not 8 <= inputs["size"] <= 8192:
+        errors.append(f"size: {inputs['size']} is not a whole number from 8 to 8192")
+    if errors:
+        raise SettingsError(errors)
+    return inputs, settings, targets
+
+
+def _check_resume(inputs: dict[str, Any], settings: dict[str, Any], targets: dict[str, Path]) -> list[str]:
+    errors = [
+        f"{name}: is what the resumed trajectory has; it can not change (allowed: {', '.join(sorted(RESUMABLE))})"
+        for name in settings
+        if name not in RESUMABLE
+    ]
+    errors += [f"{name}: does not go with --resume" for name in ("pictures", "mask", "size") if inputs[name]]
+    if "latents" in targets:
+        errors.append("latents: the resumed trajectory is that file already")
+    return errors
+
+
+def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]) -> None:
+    """Does the work of checked arguments."""
+    if inputs["resume"]:
+        _check_targets(targets, [inputs["resume"]], many=False)
+        _resume(inputs["resume"], values, targets)
+        return
+    pictures = _find_pictures(inputs["pictures"])
+    many = len(inputs["pictures"]) > 1 or inputs["pictures"][0].is_dir()
+    _check_targets(targets, pictures, many)
+    from . import standalone
+
+    settings = parse(values, "cli")
+    if "resample" in targets:
+        standalone.check_resampling(settings)
+    standalone.plan_levels(settings)
+    for number, (picture, name) in enumerate(zip(pictures, _unique_names(pictures))):
+        source = standalone.load_picture(picture, inputs["size"] or 512)
+        mask = standalone.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
+        paths = {k: _own_path(k, v, name) for k, v in targets.items()} if many else targets
+        own = parse({**values, "seed": settings.seed + number}, "cli")
+        standalone.unsample_picture(source, own, standalone.Targets(**paths), mask)
+        _report(paths)
+
+
+def _resume(path: Path, values: dict[str, Any], targets: dict[str, Path]) -> None:
+    from . import standalone, trajectory
+
+    saved = trajectory.load(path)
+    if saved.info.get("model") not in standalone.PREDICTION:
+        raise ValueError(f"{path}: made by model {saved.info.get('model')!r}, which is not an embedded one")
+    settings = parse({**_cli_settings(saved.settings), **values}, "cli")
+    if "resample" in targets:
+        standalone.check_resampling(settings)
+    standalone.resume(saved, settings, standalone.Targets(**targets))
+    _report(targets)
+
+
+def _cli_settings(stored: Any) -> dict[str, Any]:
+    names = {f.name for f in surface_fields("cli")}
+    return {k: v for k, v in dict(stored).items() if k in names}
+
+
+def _find_pictures(given: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_ENDINGS)
+            if not inside:
+                raise ValueError(f"{path}: a folder without pictures ({', '.join(PICTURE_ENDINGS)})")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path}: no such picture")
+    return found
+
+
+def _unique_names(pictures: Sequence[Path]) -> list[str]:
+    """A name per picture for its outputs: the file's own, numbered where two would be the same."""
+    names: list[str] = []
+    for path in pictures:
+        name, number = path.stem, 2
+        while name in names:
+            name, number = f"{path.stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def _own_path(target: str, folder: Path, name: str) -> Path:
+    endings = TARGETS[target]
+    return folder / (name + endings[0]) if endings else folder / name
+
+
+def _check_targets(targets: dict[str, Path], sources: Sequence[Path], many: bool) -> None:
+    """Refuses outputs that could not be written, or would overwrite a source or one another."""
+    flags = {k: "-o" if k == "animation" else f"--{k}" for k in targets}
+    errors = []
+    for name, path in targets.items():
+        endings = () if many else TARGETS[name]
+        if endings and path.suffix.lower() not in endings:
+            errors.append(f"{flags[name]}: {path} does not end in {' or '.join(endings)}")
+        if endings and path.is_dir():
+            errors.append(f"{flags[name]}: {path} is a folder, not a file")
+        if not endings and path.exists() and not path.is_dir():
+            errors.append(f"{flags[name]}: {path} is a file, where a folder is needed")
+        if path.resolve() in {s.resolve() for s in sources}:
+            errors.append(f"{flags[name]}: {path} would overwrite what it is made from")
+    resolved = [p.resolve() for k, p in targets.items() if TARGETS[k]]
+    if not many and len(set(resolved)) < len(resolved):
+        errors.append("two outputs have the same name")
+    if errors:
+        raise SettingsError(errors)
+
+
+def _report(paths: dict[str, Path]) -> None:
+    for path in paths.values():
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

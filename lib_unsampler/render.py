@@ -1,0 +1,113 @@
+"""From latents' pictures to what people look at: frames, the contact sheet, the sigma curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+SHEET_SIDE = 192
+PAPER, INK, FAINT, ACCENT = (255, 255, 255), (34, 34, 34), (205, 205, 205), (196, 62, 28)
+
+
+def to_pictures(decoded: Tensor) -> list[Image.Image]:
+    """RGB pictures from decoded images in [-1, 1] with shape (B, 3, H, W); values outside clip."""
+    levels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in levels]
+
+
+def sigma_text(sigma: float) -> str:
+    """A sigma for a caption, spelled out: Pillow's built-in font has no Greek."""
+    return f"sigma {sigma:.3g}"
+
+
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's built-in font; before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
+def write_text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int) -> None:
+    """Dark text in the built-in font with its top left corner at a point."""
+    draw.text(at, text, fill=INK, font=font(size))
+
+
+def thumbnail(frame: Image.Image) -> Image.Image:
+    """A copy of a frame that fits a contact sheet's cell."""
+    scale = min(1.0, SHEET_SIDE / max(frame.size))
+    size = (max(1, round(frame.width * scale)), max(1, round(frame.height * scale)))
+    return frame.resize(size, Image.Resampling.LANCZOS)
+
+
+def contact_sheet(thumbnails: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """All frames on one page, in order, each above its caption."""
+    if not thumbnails:
+        raise ValueError("a contact sheet needs at least one frame")
+    width, height = thumbnails[0].size
+    columns = max(1, min(len(thumbnails), round(math.sqrt(len(thumbnails) * 1.4 * height / width))))
+    rows = -(-len(thumbnails) // columns)
+    gap, strip = 10, 24
+    cell_width = max(width, 96)
+    size = (gap + columns * (cell_width + gap), gap + rows * (height + strip + gap))
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+    for i, (frame, caption) in enumerate(zip(thumbnails, captions)):
+        x = gap + (i % columns) * (cell_width + gap)
+        y = gap + (i // columns) * (height + strip + gap)
+        page.paste(frame, (x, y))
+        write_text(draw, (x, y + height + 4), caption, 14)
+    return page
+
+
+def sigma_curve(schedule: Tensor, kept: Sequence[int], size: tuple[int, int] = (720, 405)) -> Image.Image:
+    """The schedule's sigma over its step, logarithmic, with the kept levels marked.
+
+    Arguments:
+        schedule: The whole descending schedule with shape (n + 1); zeros are not drawn.
+        kept: Schedule indices to mark.
+    """
+    sigmas = [s for s in schedule.tolist() if s > 0]
+    low, high = math.log10(min(sigmas)), math.log10(max(sigmas))
+    low, high = (low - 0.05, high + 0.05) if high > low else (low - 0.5, high + 0.5)
+    left, top, right, bottom = 64, 44, size[0] - 24, size[1] - 48
+
+    def place(index: int) -> tuple[float, float]:
+        across = index / max(1, len(sigmas) - 1)
+        up = (math.log10(sigmas[index]) - low) / (high - low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+    write_text(draw, (left, 14), f"sigma of each step; {len(kept)} levels kept", 16)
+    _grid(draw, low, high, (left, top, right, bottom))
+    step = max(1, -(-len(sigmas) // 10))
+    for index in range(0, len(sigmas), step):
+        write_text(draw, (place(index)[0] - 4, bottom + 8), str(index), 13)
+    write_text(draw, (right - 30, bottom + 26), "step", 13)
+    draw.line([place(i) for i in range(len(sigmas))], fill=INK, width=2)
+    for index in kept:
+        if index < len(sigmas):
+            x, y = place(index)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=ACCENT)
+    return page
+
+
+def _grid(
+    draw: ImageDraw.ImageDraw, low: float, high: float, box: tuple[int, int, int, int]
+) -> None:
+    """Horizontal lines at 1, 2 and 5 times the powers of ten within the range."""
+    left, top, right, bottom = box
+    draw.rectangle(box, outline=FAINT)
+    for power in range(math.floor(low), math.ceil(high) + 1):
+        for digit in (1, 2, 5):
+            value = digit * 10.0**power
+            up = (math.log10(value) - low) / (high - low)
+            if 0 <= up <= 1:
+                y = bottom - up * (bottom - top)
+                draw.line((left, y, right, y), fill=FAINT)
+                write_text(draw, (8, y - 8), f"{value:g}", 13)

@@ -1,0 +1,322 @@
+"""Every field of Batch Unsampler, once: type, bounds, default and help.
+
+The command line, the accordion, the API, infotext and the README's table all read this file,
+so a bound or a help text can not differ between them. Standard library only: `--help` and
+parse errors must come without importing torch.
+
+A surface is where a field can be set: ``cli`` (the command line over the embedded models) or
+``host`` (the WebUI's accordion and API, where sampler, seed and prompts are img2img's own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+SAMPLERS = (
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "dpm_2",
+    "dpm_2_ancestral",
+    "lms",
+    "dpm_fast",
+    "dpm_adaptive",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+)
+SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
+MODELS = ("gaussian", "gaussian-flow", "mixture")
+OUTPUTS = ("frames", "animation", "contact sheet", "latents", "init")
+BOTH = ("cli", "host")
+
+
+class SettingsError(ValueError):
+    """All that is wrong with a request: ``errors`` holds one sentence per bad field."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        self.errors = list(errors)
+        super().__init__("; ".join(self.errors))
+
+
+def option(
+    default: Any,
+    label: str,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    surfaces: tuple[str, ...] = BOTH,
+) -> Any:
+    """A dataclass field with its documentation and bounds as metadata."""
+    return field(
+        default=default,
+        metadata={
+            "label": label,
+            "help": help,
+            "minimum": minimum,
+            "maximum": maximum,
+            "choices": choices,
+            "surfaces": surfaces,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of Batch Unsampler is asked to do. Build it with :func:`parse`."""
+
+    output: tuple[str, ...] = option(
+        ("frames", "animation"),
+        "Output",
+        "What comes out: each noise level as an image, the moving progression, one sheet of all frames, "
+        "a safetensors file of the latents, or (init) the latent from which img2img's own sampling starts.",
+        choices=OUTPUTS,
+        surfaces=("host",),
+    )
+    steps: int = option(
+        0,
+        "Steps",
+        "Steps of the schedule that is walked backwards. 0 follows img2img (on the command line: 20). "
+        "With init it must be 0, because the levels are img2img's own.",
+        minimum=0,
+        maximum=10000,
+    )
+    end_at_step: int = option(
+        -1,
+        "End at step",
+        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest. "
+        "-1 chooses: 0, or img2img's start level (from the denoising strength) with init.",
+        minimum=-1,
+        maximum=10000,
+    )
+    step_increment: int = option(
+        1,
+        "Step increment",
+        "Keep every n-th level, counted down from the noisiest. Thins frames and files, never init.",
+        minimum=1,
+        maximum=10000,
+    )
+    noise: str = option(
+        "shared",
+        "Noise",
+        "shared: img2img's own noise at every level; independent: a fresh draw per level; "
+        "path: one random walk from clean to noise, the forward process itself.",
+        choices=("shared", "independent", "path"),
+    )
+    normalize: bool = option(
+        False,
+        "Normalize",
+        "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
+    )
+    include_clean: bool = option(
+        True,
+        "Include clean",
+        "Frames and animation begin with the source itself, at sigma 0. Latents never hold it.",
+    )
+    view: str = option(
+        "variance preserving",
+        "View",
+        "How a frame shows z: scaled to unit variance as in the diffusion papers, or raw "
+        "(burnt colours at high sigma). Flow models are shown as they are.",
+        choices=("variance preserving", "raw"),
+    )
+    reverse: bool = option(False, "Reverse", "Play the animation from noise to picture.")
+    duration: float = option(
+        0.1,
+        "Frame duration",
+        "Seconds each frame of the animation is shown (GIF rounds to 1/100 s).",
+        minimum=0.02,
+        maximum=60.0,
+    )
+    seed: int = option(
+        0,
+        "Seed",
+        "Seed of the first picture's noise; the next pictures count up from it.",
+        minimum=0,
+        maximum=2**63 - 1,
+        surfaces=("cli",),
+    )
+    sampler: str = option(
+        "euler",
+        "Sampler",
+        "k-diffusion sampler that carries the latent back to a picture.",
+        choices=SAMPLERS,
+        surfaces=("cli",),
+    )
+    scheduler: str = option(
+        "karras",
+        "Scheduler",
+        "k-diffusion noise schedule that is walked.",
+        choices=SCHEDULERS,
+        surfaces=("cli",),
+    )
+    model: str = option(
+        "gaussian",
+        "Model",
+        "Embedded model with an exact answer: a Gaussian image prior with a 1/f^2 spectrum "
+        "(noise levels as in SD, or as a flow model), or a Gaussian mixture.",
+        choices=MODELS,
+        surfaces=("cli",),
+    )
+    cfg: float = option(
+        1.0,
+        "CFG scale",
+        "Guidance scale of the resampling: 1 is the positive prompt alone.",
+        minimum=0.0,
+        maximum=100.0,
+        surfaces=("cli",),
+    )
+    positive: str = option(
+        "",
+        "Positive prompt",
+        "Prompt of the resampling; the embedded models know a few words, each a picture's mean colours.",
+        surfaces=("cli",),
+    )
+    negative: str = option(
+        "",
+        "Negative prompt",
+        "What the guidance moves away from; the same words.",
+        surfaces=("cli",),
+    )
+
+
+def surface_fields(surface: str) -> list[Any]:
+    """The dataclass fields that can be set on ``surface``, in order."""
+    return [f for f in fields(Settings) if surface in f.metadata["surfaces"]]
+
+
+def allowed(f: Any) -> str:
+    """The allowed values of a field, in words: used by errors, help and the README's table."""
+    low, high, choices = (f.metadata[k] for k in ("minimum", "maximum", "choices"))
+    kind = type(f.default)
+    if choices:
+        listed = ", ".join(choices)
+        return f"any of {listed}" if kind is tuple else f"one of {listed}"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return "text"
+    number = "a whole number" if kind is int else "a number"
+    return f"{number} from {low:g} to {high:g}" if high < 1e15 else f"{number} from {low:g} to 2^63 - 1"
+
+
+def convert(f: Any, value: Any) -> Any:
+    """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
+    kind = type(f.default)
+    if kind is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
+            raise ValueError
+        wanted = {p.strip() for p in parts}
+        if not wanted or wanted - set(f.metadata["choices"]):
+            raise ValueError
+        return tuple(c for c in f.metadata["choices"] if c in wanted)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError
+    elif isinstance(value, bool):
+        raise ValueError
+    elif kind is int:
+        value = int(value) if isinstance(value, (str, int)) else _whole(value)
+    else:
+        value = float(value)
+    _check_bounds(f, value)
+    return value
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, float) or not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _check_bounds(f: Any, value: Any) -> None:
+    low, high, choices = (f.metadata[k] for k in ("minimum", "maximum", "choices"))
+    if choices is not None and value not in choices:
+        raise ValueError
+    if low is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ValueError
+
+
+def parse(values: Mapping[str, Any], surface: str) -> Settings:
+    """Settings from a mapping of field names, for one surface.
+
+    Raises:
+        SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
+    """
+    known = {f.name: f for f in surface_fields(surface)}
+    errors = []
+    read = {}
+    for name, value in values.items():
+        if name not in known:
+            errors.append(f"{name}: unknown field (known: {', '.join(known)})")
+            continue
+        try:
+            read[name] = convert(known[name], value)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            errors.append(f"{name}: {value!r} is not {allowed(known[name])}")
+    if "init" in read.get("output", ()) and read.get("steps", 0) != 0:
+        errors.append(f"steps: {read['steps']} is not 0, which init needs (its levels are img2img's own)")
+    if errors:
+        raise SettingsError(errors)
+    return Settings(**read)
+
+
+def parse_args(args: Sequence[Any], surface: str) -> tuple[bool, Settings]:
+    """``(enabled, settings)`` from an always-on script's arguments.
+
+    ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
+    names the script wants it), or positional: enabled, then the surface's fields in order.
+    """
+    args = list(args)
+    if args and isinstance(args[0], Mapping):
+        values = dict(args[0])
+        enabled = values.pop("enabled", True)
+    else:
+        names = [f.name for f in surface_fields(surface)]
+        if len(args) > len(names) + 1:
+            raise SettingsError([f"args: {len(args)} values where at most {len(names) + 1} are known"])
+        enabled, values = (args[0] if args else False), dict(zip(names, args[1:]))
+    if not isinstance(enabled, bool):
+        raise SettingsError([f"enabled: {enabled!r} is not true or false"])
+    return enabled, (parse(values, surface) if enabled else Settings())
+
+
+INFOTEXT_PREFIX = "Unsampler "
+
+
+def infotext_key(f: Any) -> str:
+    """The name of a field in an image's generation parameters."""
+    return INFOTEXT_PREFIX + f.metadata["label"].lower()
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def to_infotext(settings: Settings, surface: str) -> dict[str, str]:
+    """The fields that differ from their defaults, for the image's generation parameters."""
+    pairs = ((f, getattr(settings, f.name)) for f in surface_fields(surface))
+    return {infotext_key(f): _plain(v) for f, v in pairs if v != f.default}
+
+
+def from_infotext(params: Mapping[str, str], surface: str) -> Settings:
+    """The settings that :func:`to_infotext` wrote; absent keys are defaults.
+
+    Raises:
+        SettingsError: if a value was edited into something the field does not allow.
+    """
+    keys = {infotext_key(f): f.name for f in surface_fields(surface)}
+    return parse({keys[k]: v for k, v in params.items() if k in keys}, surface)
+

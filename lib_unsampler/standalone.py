@@ -1,0 +1,249 @@
+"""A run without a WebUI: picture files in, the noise progression and what goes on from it out.
+
+Everything streams: a level is noised, shown, written and dropped, unless its latents are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from . import animation, render, sampling, trajectory
+from .embedded import guided, make_model, masked
+from .noising import SeededDraws, blend, variance_preserving, walk
+from .schedule import Levels, levels
+from .settings import Settings, to_infotext
+from .trajectory import Trajectory
+
+PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
+DEFAULT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Step:
+    """One frame of a progression: schedule index (None for the source itself), sigma, z and its picture."""
+
+    index: int | None
+    sigma: float
+    z: Tensor
+    picture: Image.Image
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Where the results of one picture go; None is not wanted."""
+
+    animation: Path | None = None
+    frames: Path | None = None
+    sheet: Path | None = None
+    curve: Path | None = None
+    latents: Path | None = None
+    resample: Path | None = None
+
+
+def load_picture(path: Path, size: int) -> Tensor:
+    """A picture as latents in [-1, 1] with shape (1, 3, H, W), its long side at most ``size``.
+
+    Transparency is laid on white.
+
+    Raises:
+        ValueError: if the file is no picture, OSError: if it cannot be read.
+    """
+    picture = ImageOps.exif_transpose(_open(path)).convert("RGBA")
+    picture.thumbnail((size, size), Image.Resampling.LANCZOS)
+    paper = Image.new("RGBA", picture.size, "white")
+    pixels = Image.alpha_composite(paper, picture).convert("RGB")
+    return _to_tensor(pixels) * 2 - 1
+
+
+def load_mask(path: Path, height: int, width: int) -> Tensor:
+    """A mask as weights in [0, 1] with shape (1, 1, height, width); white is unsampled."""
+    return _to_tensor(_open(path).convert("L").resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        picture = Image.open(path)
+        picture.load()
+        return picture
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from None
+
+
+def _to_tensor(picture: Image.Image) -> Tensor:
+    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return data.reshape(1, picture.height, picture.width, -1).permute(0, 3, 1, 2).float() / 255
+
+
+def show(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, settings: Settings) -> Image.Image:
+    """The picture of one level; outside the mask the source keeps its own brightness.
+
+    Arguments:
+        z: Latents after :func:`blend`, with shape (1, 3, H, W).
+    """
+    kept = torch.zeros_like(z) if mask is None else (1 - mask) * source
+    moving = z - kept
+    if settings.view == "variance preserving":
+        moving = variance_preserving(moving, sigma, PREDICTION[settings.model])
+    return render.to_pictures(moving + kept)[0]
+
+
+def _clean_step(source: Tensor, settings: Settings) -> Iterator[Step]:
+    if settings.include_clean:
+        yield Step(None, 0.0, source, render.to_pictures(source)[0])
+
+
+def progression(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None) -> Iterator[Step]:
+    """Every frame of a picture, least noisy first; each step's z is the unmasked one."""
+    yield from _clean_step(source, settings)
+    draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
+    prediction = PREDICTION[settings.model]
+    for index, z in walk(source, plan, draw, settings.noise, prediction, settings.normalize):
+        sigma = plan.schedule[index]
+        yield Step(index, float(sigma), z, show(blend(z, source, mask), source, mask, sigma, settings))
+
+
+def replayed(saved: Trajectory, settings: Settings) -> Iterator[Step]:
+    """The frames of a saved trajectory, least noisy first."""
+    yield from _clean_step(saved.source, settings)
+    for index, sigma, z in zip(_indices(saved), saved.sigmas, saved.z):
+        yield Step(index, float(sigma), z, show(z, saved.source, saved.mask, sigma, settings))
+
+
+def carry_back(
+    z: Tensor, source: Tensor, mask: Tensor | None, sigmas: Tensor, settings: Settings, path: Path
+) -> None:
+    """Carries the hand-off latent down the rest of the schedule and writes the picture it becomes.
+
+    Arguments:
+        z: The unmasked latent at ``sigmas[0]`` with shape (1, 3, H, W).
+    """
+    height, width = z.shape[-2:]
+    prior = [make_model(settings.model, p, height, width) for p in (settings.positive, settings.negative)]
+    model = guided(*prior, settings.cfg)
+    if mask is not None:
+        model = masked(model, source, mask)
+    clean = blend(sampling.sample(model, z, sigmas, settings.sampler, (settings.seed,)), source, mask)
+    animation.write_png(path, render.to_pictures(clean)[0], parameters(settings))
+
+
+def check_resampling(settings: Settings) -> None:
+    """Refuses what the embedded model cannot be sampled with, before any work.
+
+    Raises:
+        ValueError: for an unknown prompt, or a sampler that is wrong for the prediction type.
+    """
+    sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
+    for prompt in (settings.positive, settings.negative):
+        make_model(settings.model, prompt, 1, 1)
+
+
+def plan_levels(settings: Settings) -> Levels:
+    """The walk that settings ask of the embedded models.
+
+    Raises:
+        ValueError: for a scheduler that the model cannot have.
+    """
+    sigmas = sampling.get_sigmas(
+        settings.scheduler, settings.steps or DEFAULT_STEPS, PREDICTION[settings.model]
+    )
+    return levels(sigmas, max(settings.end_at_step, 0), settings.step_increment)
+
+
+def unsample_picture(
+    source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, quiet: bool = False
+) -> None:
+    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted."""
+    plan = plan_levels(settings)
+    steps = progression(source, plan, settings, mask)
+    kept = _write(steps, plan.schedule, list(plan.kept), settings, targets, quiet)
+    if targets.latents:
+        result = Trajectory(
+            z=torch.stack([blend(z, source, mask) for z in kept]),
+            sigmas=plan.sigmas,
+            schedule=plan.schedule,
+            start=plan.kept[-1],
+            source=source,
+            prediction=PREDICTION[settings.model],
+            seeds=(settings.seed,),
+            mask=mask,
+            handoff=None if mask is None else kept[-1],
+            settings=asdict(settings),
+            info={"model": settings.model},
+        )
+        trajectory.save(result, targets.latents)
+    if targets.resample:
+        carry_back(kept[-1], source, mask, plan.schedule[plan.kept[-1] :], settings, targets.resample)
+
+
+def resume(saved: Trajectory, settings: Settings, targets: Targets, quiet: bool = False) -> None:
+    """Goes on from a saved trajectory: sampled back, and shown again, as wanted."""
+    indices = _indices(saved)
+    _write(replayed(saved, settings), saved.schedule, indices, settings, targets, quiet)
+    if targets.resample:
+        carry_back(saved.latent, saved.source, saved.mask, saved.remaining, settings, targets.resample)
+
+
+def _indices(saved: Trajectory) -> list[int]:
+    """The schedule index of each saved level (the embedded schedules repeat no sigma)."""
+    return [int((saved.schedule == sigma).nonzero()[0]) for sigma in saved.sigmas]
+
+
+def parameters(settings: Settings) -> str:
+    """What is written into the files: the settings that are not default, as generation parameters."""
+    pairs: Mapping[str, str] = to_infotext(settings, "cli")
+    return ", ".join(["Batch Unsampler"] + [f"{key}: {value}" for key, value in pairs.items()])
+
+
+def _write(
+    steps: Iterable[Step],
+    schedule: Tensor,
+    indices: list[int],
+    settings: Settings,
+    targets: Targets,
+    quiet: bool,
+) -> list[Tensor]:
+    """Runs the steps through every writer that is wanted.
+
+    Returns:
+        z of every noisy level if the latents are wanted, else of the last alone.
+    """
+    text = parameters(settings)
+    total = len(indices) + settings.include_clean
+    kept: list[Tensor] = []
+    small: list[tuple[Image.Image, str]] = []
+
+    def through() -> Iterator[Image.Image]:
+        for number, step in enumerate(tqdm(steps, "unsampling", total, unit="frame", disable=quiet)):
+            if targets.frames:
+                name = f"{number:05d}_sigma_{step.sigma:.4f}.png"
+                animation.write_png(targets.frames / name, step.picture, text)
+            if targets.sheet:
+                small.append((render.thumbnail(step.picture), render.sigma_text(step.sigma)))
+            if step.index is not None:
+                if not targets.latents:
+                    kept.clear()
+                kept.append(step.z)
+            yield step.picture
+
+    pictures: Iterable[Image.Image] = through()
+    if settings.reverse:
+        pictures = reversed(list(pictures))
+    if targets.animation:
+        animation.write_gif(targets.animation, pictures, [settings.duration] * total, text)
+    else:
+        for _ in pictures:
+            pass
+    if targets.sheet:
+        animation.write_png(targets.sheet, render.contact_sheet(*zip(*small)), text)
+    if targets.curve:
+        animation.write_png(targets.curve, render.sigma_curve(schedule, indices), text)
+    return kept

@@ -1,0 +1,147 @@
+"""Trajectory: the noise levels of one run, with all that is needed to go on from them.
+
+The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
+``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
+``handoff``, and text metadata. Loading never unpickles anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import whole
+from .noising import PREDICTIONS
+
+FORMAT = "batch-unsampler-trajectory"
+VERSION = 1
+TENSORS = ("z", "sigmas", "schedule", "source")
+MASK_TENSORS = ("mask", "handoff")
+
+
+class TrajectoryError(ValueError):
+    """A file that is not a whole, known trajectory, or tensors that do not fit together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Noise levels of a batch of images, least noisy first.
+
+    Attributes:
+        z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
+        sigmas: The levels' sigmas, rising, with shape (L).
+        schedule: The whole descending schedule the levels are from, ending in 0, with shape (n + 1).
+        start: The index in ``schedule`` of the noisiest level, where sampling goes on.
+        source: The clean latents with shape (B, C, [T,] H, W).
+        prediction: ``eps``, ``v`` or ``flow``.
+        seeds: One seed per image.
+        mask: With a mask, its weights, broadcastable against ``source``; else None.
+        handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
+            at a high noise level. None without a mask, where it is ``z[-1]``.
+        settings: The request's fields, as plain values.
+        info: Anything else worth keeping as text (model name, host).
+    """
+
+    z: Tensor
+    sigmas: Tensor
+    schedule: Tensor
+    start: int
+    source: Tensor
+    prediction: str
+    seeds: tuple[int, ...]
+    mask: Tensor | None = None
+    handoff: Tensor | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    info: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape, count = tuple(self.source.shape), len(self.schedule)
+        if self.prediction not in PREDICTIONS:
+            raise TrajectoryError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
+        if self.source.ndim not in (4, 5) or self.z.shape[1:] != self.source.shape or len(self.z) == 0:
+            raise TrajectoryError(f"z {tuple(self.z.shape)} does not fit source {shape}")
+        if self.sigmas.shape != self.z.shape[:1]:
+            raise TrajectoryError(f"sigmas {tuple(self.sigmas.shape)} do not fit z {tuple(self.z.shape)}")
+        if len(self.seeds) != len(self.source):
+            raise TrajectoryError(f"{len(self.seeds)} seeds do not fit {len(self.source)} images")
+        if self.schedule.ndim != 1 or (self.schedule.diff() > 0).any():
+            raise TrajectoryError("the schedule does not descend")
+        if not 0 <= self.start < count or self.schedule[self.start] != self.sigmas[-1]:
+            raise TrajectoryError(f"start {self.start} does not name the noisiest level in the schedule of {count}")
+        if (self.mask is None) != (self.handoff is None):
+            raise TrajectoryError("mask and handoff come together")
+        if self.handoff is not None and tuple(self.handoff.shape) != shape:
+            raise TrajectoryError(f"handoff {tuple(self.handoff.shape)} does not fit source {shape}")
+
+    @property
+    def latent(self) -> Tensor:
+        """The latent from which sampling goes on, with shape (B, C, [T,] H, W)."""
+        return self.z[-1] if self.handoff is None else self.handoff
+
+    @property
+    def remaining(self) -> Tensor:
+        """The schedule from the hand-off level to 0."""
+        return self.schedule[self.start :]
+
+
+def save(trajectory: Trajectory, path: Path) -> None:
+    """Writes a trajectory file; it appears under its name only when whole."""
+    names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
+    tensors = {name: getattr(trajectory, name).detach().cpu().contiguous() for name in names}
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "prediction": trajectory.prediction,
+        "start": str(trajectory.start),
+        "seeds": json.dumps(list(trajectory.seeds)),
+        "settings": json.dumps(dict(trajectory.settings)),
+        "info": json.dumps(dict(trajectory.info)),
+    }
+    with whole(path) as part:
+        save_file(tensors, part, metadata)
+
+
+def load(path: Path) -> Trajectory:
+    """Reads a trajectory file.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        TrajectoryError: if it is damaged, foreign, newer, or does not fit together.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_version(metadata)
+            masked = set(MASK_TENSORS) & set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *masked)}
+        return Trajectory(
+            **tensors,
+            start=int(metadata["start"]),
+            prediction=metadata["prediction"],
+            seeds=tuple(json.loads(metadata["seeds"])),
+            settings=dict(json.loads(metadata["settings"])),
+            info=dict(json.loads(metadata["info"])),
+        )
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{path}: {error}") from None
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
+
+
+def _check_version(metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise TrajectoryError("a safetensors file, but not a Batch Unsampler trajectory")
+    version = int(metadata["version"])
+    if version > VERSION:
+        raise TrajectoryError(
+            f"written in format {version} by a newer Batch Unsampler; this one reads up to {VERSION}: update it"
+        )
