@@ -62,19 +62,19 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"Batch Unsampler {__version__}")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", type=Path, help="picture files, or folders of them")
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", type=_path, help="picture files, or folders of them")
     files = parser.add_argument_group("what comes out (at least one)")
-    files.add_argument("-o", dest="animation", metavar="OUT.gif", type=Path, help="the moving noise progression")
-    files.add_argument("--frames", metavar="DIR", type=Path, help="every frame as a PNG")
-    files.add_argument("--sheet", metavar="OUT.png", type=Path, help="all frames on one page, each with its sigma")
-    files.add_argument("--curve", metavar="OUT.png", type=Path, help="the sigma curve, kept levels marked")
-    files.add_argument("--latents", metavar="FILE.safetensors", type=Path, help="the trajectory, to resume from")
+    files.add_argument("-o", dest="animation", metavar="OUT.gif", type=_path, help="the moving noise progression")
+    files.add_argument("--frames", metavar="DIR", type=_path, help="every frame as a PNG")
+    files.add_argument("--sheet", metavar="OUT.png", type=_path, help="all frames on one page, each with its sigma")
+    files.add_argument("--curve", metavar="OUT.png", type=_path, help="the sigma curve, kept levels marked")
+    files.add_argument("--latents", metavar="FILE.safetensors", type=_path, help="the trajectory, to resume from")
     files.add_argument(
-        "--resample", metavar="OUT.png", type=Path, help="the noisiest latent, sampled back to a picture"
+        "--resample", metavar="OUT.png", type=_path, help="the noisiest latent, sampled back to a picture"
     )
     source = parser.add_argument_group("what goes in")
-    source.add_argument("--resume", metavar="FILE", type=Path, help="go on from a saved trajectory, not a picture")
-    source.add_argument("--mask", metavar="MASK", type=Path, help="a picture; white is unsampled, black stays clean")
+    source.add_argument("--resume", metavar="FILE", type=_path, help="go on from a saved trajectory, not a picture")
+    source.add_argument("--mask", metavar="MASK", type=_path, help="a picture; white is unsampled, black stays clean")
     source.add_argument(
         "--size", metavar="PIXELS", type=int, help="shrink pictures to this long side, 8 to 8192 (default: 512)"
     )
@@ -82,6 +82,13 @@ def make_parser() -> Parser:
     for f in surface_fields("cli"):
         _add_setting(settings, f)
     return parser
+
+
+def _path(text: str) -> Path:
+    """A file name; an empty one (an unset shell variable) would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
 
 
 def _add_setting(group: Any, f: Any) -> None:
@@ -152,23 +159,26 @@ def _check_resume(inputs: dict[str, Any], settings: dict[str, Any], targets: dic
 def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]) -> None:
     """Does the work of checked arguments."""
     if inputs["resume"]:
-        _check_targets(targets, [inputs["resume"]], many=False)
+        _check_targets(targets, many=False)
+        _check_written([targets], [inputs["resume"]])
         _resume(inputs["resume"], values, targets)
         return
     pictures = _find_pictures(inputs["pictures"])
     many = len(inputs["pictures"]) > 1 or inputs["pictures"][0].is_dir()
-    _check_targets(targets, pictures, many)
+    _check_targets(targets, many)
+    names = _unique_names(pictures)
+    written = [{k: _own_path(k, v, name) for k, v in targets.items()} if many else targets for name in names]
+    _check_written(written, pictures + ([inputs["mask"]] if inputs["mask"] else []))
     from . import standalone
 
     settings = parse(values, "cli")
     if "resample" in targets:
         standalone.check_resampling(settings)
     standalone.plan_levels(settings)
-    for number, (picture, name) in enumerate(zip(pictures, _unique_names(pictures))):
+    each = [parse({**values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
+    for picture, own, paths in zip(pictures, each, written):
         source = standalone.load_picture(picture, inputs["size"] or 512)
         mask = standalone.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
-        paths = {k: _own_path(k, v, name) for k, v in targets.items()} if many else targets
-        own = parse({**values, "seed": settings.seed + number}, "cli")
         standalone.unsample_picture(source, own, standalone.Targets(**paths), mask)
         _report(paths)
 
@@ -177,6 +187,8 @@ def _resume(path: Path, values: dict[str, Any], targets: dict[str, Path]) -> Non
     from . import standalone, trajectory
 
     saved = trajectory.load(path)
+    if saved.source.ndim != 4 or tuple(saved.source.shape[:2]) != (1, 3):
+        raise ValueError(f"{path}: latents {tuple(saved.source.shape)} are not one picture's (1, 3, height, width)")
     if saved.info.get("model") not in standalone.PREDICTION:
         raise ValueError(f"{path}: made by model {saved.info.get('model')!r}, which is not an embedded one")
     settings = parse({**_cli_settings(saved.settings), **values}, "cli")
@@ -222,11 +234,16 @@ def _own_path(target: str, folder: Path, name: str) -> Path:
     return folder / (name + endings[0]) if endings else folder / name
 
 
-def _check_targets(targets: dict[str, Path], sources: Sequence[Path], many: bool) -> None:
-    """Refuses outputs that could not be written, or would overwrite a source or one another."""
-    flags = {k: "-o" if k == "animation" else f"--{k}" for k in targets}
+def _flag(target: str) -> str:
+    return "-o" if target == "animation" else f"--{target}"
+
+
+def _check_targets(targets: dict[str, Path], many: bool) -> None:
+    """Refuses outputs that could not be written."""
+    flags = {k: _flag(k) for k in targets}
     errors = []
     for name, path in targets.items():
+        above = next((p for p in path.absolute().parents if p.exists()), path)
         endings = () if many else TARGETS[name]
         if endings and path.suffix.lower() not in endings:
             errors.append(f"{flags[name]}: {path} does not end in {' or '.join(endings)}")
@@ -234,11 +251,25 @@ def _check_targets(targets: dict[str, Path], sources: Sequence[Path], many: bool
             errors.append(f"{flags[name]}: {path} is a folder, not a file")
         if not endings and path.exists() and not path.is_dir():
             errors.append(f"{flags[name]}: {path} is a file, where a folder is needed")
-        if path.resolve() in {s.resolve() for s in sources}:
-            errors.append(f"{flags[name]}: {path} would overwrite what it is made from")
-    resolved = [p.resolve() for k, p in targets.items() if TARGETS[k]]
-    if not many and len(set(resolved)) < len(resolved):
-        errors.append("two outputs have the same name")
+        if not above.is_dir():
+            errors.append(f"{flags[name]}: {path} cannot be made, {above} is a file")
+    if errors:
+        raise SettingsError(errors)
+
+
+def _check_written(written: Sequence[dict[str, Path]], sources: Sequence[Path]) -> None:
+    """Refuses outputs that would overwrite what they are made from, or one another."""
+    read = {s.resolve() for s in sources}
+    made: dict[Path, str] = {}
+    errors = []
+    for paths in written:
+        for name, path in paths.items():
+            final = path.resolve()
+            if final in read:
+                errors.append(f"{_flag(name)}: {path} would overwrite what it is made from")
+            if final in made:
+                errors.append(f"{_flag(name)}: {path} is the output of {made[final]} too")
+            made[final] = _flag(name)
     if errors:
         raise SettingsError(errors)
 

@@ -67,8 +67,11 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
 
     Returns:
         The latents at the end, with the shape of z. ``dpm_fast`` and ``dpm_adaptive`` end at the
-        last sigma above 0, as they do in the WebUI.
+        last sigma above 0, as they do in the WebUI. From the last level alone the answer is
+        ``model(z, sigma)``, every sampler's last step (k-diffusion's ``dpmpp_2m_sde`` fails there).
     """
+    if (sigmas > 0).sum() == 1:
+        return model(z, sigmas[:1].expand(len(z)))
     function = getattr(kd, f"sample_{sampler}")
     accepted = inspect.signature(function).parameters
     options = {}
@@ -81,15 +84,12 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
     if "sigmas" in accepted:
         return function(model, z, sigmas, **options)
     span = (float(sigmas[sigmas > 0].min()), float(sigmas[0]))
-    if span[0] == span[1]:
-        return model(z, sigmas[:1].expand(len(z)))
     if sampler == "dpm_fast":
         options["n"] = len(sigmas) - 1
     return function(model, z, *span, **options)
 
 
 def _brownian(z: Tensor, sigmas: Tensor, seeds: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
-    """k-diffusion's Brownian tree with a seed per image; a single level has no interval to sample."""
-    if sigmas.min() == sigmas.max():
-        return lambda *_: torch.zeros_like(z)
-    return kd.BrownianTreeNoiseSampler(z, sigmas.min(), sigmas.max(), seed=list(seeds))
+    """k-diffusion's Brownian tree with a seed per image."""
+    low, high = sigmas.min() * (1 - 1e-5), sigmas.max() * (1 + 1e-5)  # torchsde rounds its ends, then warns
+    return kd.BrownianTreeNoiseSampler(z, low, high, seed=list(seeds))

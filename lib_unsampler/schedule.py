@@ -20,7 +20,7 @@ class Levels:
 
     Attributes:
         schedule: The whole descending schedule in float32, ending in 0, with shape (n + 1).
-        visited: Schedule indices of every level of the walk, least noisy first: n - 1, ..., e.
+        visited: Schedule indices of every noisy level of the walk, least noisy first: n - 1, ..., e.
         kept: The subset that becomes frames and files, in the same order; its last is e.
     """
 
@@ -60,7 +60,7 @@ def levels(sigmas: Tensor, end_at_step: int = 0, step_increment: int = 1) -> Lev
         schedule = torch.cat([schedule, schedule.new_zeros(1)])
     if end_at_step < 0 or step_increment < 1:
         raise ValueError(f"end_at_step {end_at_step} is below 0 or step_increment {step_increment} below 1")
-    last = len(schedule) - 2
+    last = int((schedule > 0).sum()) - 1  # a repeated final zero is no noise level
     end = min(end_at_step, last)
     visited = tuple(range(last, end - 1, -1))
     kept = tuple(reversed(visited[::-1][::step_increment]))

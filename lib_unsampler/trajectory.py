@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -71,14 +72,18 @@ class Trajectory:
             raise TrajectoryError(f"sigmas {tuple(self.sigmas.shape)} do not fit z {tuple(self.z.shape)}")
         if len(self.seeds) != len(self.source):
             raise TrajectoryError(f"{len(self.seeds)} seeds do not fit {len(self.source)} images")
-        if self.schedule.ndim != 1 or (self.schedule.diff() > 0).any():
+        if self.schedule.ndim != 1 or not self.schedule.isfinite().all() or (self.schedule.diff() > 0).any():
             raise TrajectoryError("the schedule does not descend")
+        if (self.sigmas.diff() < 0).any() or not torch.isin(self.sigmas, self.schedule).all():
+            raise TrajectoryError("the sigmas are not rising levels of the schedule")
         if not 0 <= self.start < count or self.schedule[self.start] != self.sigmas[-1]:
             raise TrajectoryError(f"start {self.start} does not name the noisiest level in the schedule of {count}")
         if (self.mask is None) != (self.handoff is None):
             raise TrajectoryError("mask and handoff come together")
         if self.handoff is not None and tuple(self.handoff.shape) != shape:
             raise TrajectoryError(f"handoff {tuple(self.handoff.shape)} does not fit source {shape}")
+        if self.mask is not None and not _broadcasts(tuple(self.mask.shape), shape):
+            raise TrajectoryError(f"mask {tuple(self.mask.shape)} does not fit source {shape}")
 
     @property
     def latent(self) -> Tensor:
@@ -89,6 +94,11 @@ class Trajectory:
     def remaining(self) -> Tensor:
         """The schedule from the hand-off level to 0."""
         return self.schedule[self.start :]
+
+
+def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
+    pairs = zip(reversed(shape), reversed(onto))
+    return len(shape) <= len(onto) and all(one in (1, other) for one, other in pairs)
 
 
 def save(trajectory: Trajectory, path: Path) -> None:
@@ -133,7 +143,7 @@ def load(path: Path) -> Trajectory:
         )
     except TrajectoryError as error:
         raise TrajectoryError(f"{path}: {error}") from None
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
 
 
