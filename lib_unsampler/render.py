@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .noising import variance_preserving
+
 SHEET_SIDE = 192
 PAPER, INK, FAINT, ACCENT = (255, 255, 255), (34, 34, 34), (205, 205, 205), (196, 62, 28)
 
@@ -17,6 +19,28 @@ def to_pictures(decoded: Tensor) -> list[Image.Image]:
     """RGB pictures from decoded images in [-1, 1] with shape (B, 3, H, W); values outside clip."""
     levels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in levels]
+
+
+def viewed(
+    z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, prediction: str, view: str
+) -> Tensor:
+    """The latent to decode for a level's picture: variance preserving or raw, the source as it is.
+
+    Outside the mask the source keeps its own brightness, also where the noisy part is scaled down.
+
+    Arguments:
+        z: Latents after ``noising.blend`` with shape (B, C, [T,] H, W).
+        source: Clean latents of the same shape.
+        mask: Weights that broadcast against them, or None.
+        sigma: Noise level, with shape ().
+        view: ``variance preserving`` or ``raw``.
+    """
+    if view == "raw":
+        return z
+    if mask is None:
+        return variance_preserving(z, sigma, prediction)
+    still = (1 - mask.to(z)) * source
+    return variance_preserving(z - still, sigma, prediction) + still
 
 
 def sigma_text(sigma: float) -> str:

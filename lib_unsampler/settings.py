@@ -82,7 +82,7 @@ class Settings:
     )
     steps: int = option(
         0,
-        "Steps",
+        "Steps (0: as img2img)",
         "Steps of the schedule that is walked backwards. 0 follows img2img (on the command line: 20). "
         "With init it must be 0, because the levels are img2img's own.",
         minimum=0,
@@ -90,7 +90,7 @@ class Settings:
     )
     end_at_step: int = option(
         -1,
-        "End at step",
+        "End at step (0: pure noise; -1: automatic)",
         "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest. "
         "-1 chooses: 0, or img2img's start level (from the denoising strength) with init.",
         minimum=-1,
@@ -98,7 +98,7 @@ class Settings:
     )
     step_increment: int = option(
         1,
-        "Step increment",
+        "Step increment (keep every n-th level)",
         "Keep every n-th level, counted down from the noisiest. Thins frames and files, never init.",
         minimum=1,
         maximum=10000,
@@ -112,25 +112,25 @@ class Settings:
     )
     normalize: bool = option(
         False,
-        "Normalize",
+        "Normalize each image's noise",
         "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
     )
     include_clean: bool = option(
         True,
-        "Include clean",
+        "Begin with the clean source",
         "Frames and animation begin with the source itself, at sigma 0. Latents never hold it.",
     )
     view: str = option(
         "variance preserving",
-        "View",
+        "Show noise levels",
         "How a frame shows z: scaled to unit variance as in the diffusion papers, or raw "
         "(burnt colours at high sigma). Flow models are shown as they are.",
         choices=("variance preserving", "raw"),
     )
-    reverse: bool = option(False, "Reverse", "Play the animation from noise to picture.")
+    reverse: bool = option(False, "Reverse the animation", "Play the animation from noise to picture.")
     duration: float = option(
         0.1,
-        "Frame duration",
+        "Seconds per frame",
         "Seconds each frame of the animation is shown (GIF rounds to 1/100 s).",
         minimum=0.02,
         maximum=60.0,
@@ -225,7 +225,7 @@ def convert(f: Any, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise ValueError
-    elif isinstance(value, bool):
+    elif isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python would read 1_0 as 10
         raise ValueError
     elif kind is int:
         value = int(value) if isinstance(value, (str, int)) else _whole(value)
@@ -298,7 +298,7 @@ INFOTEXT_PREFIX = "Unsampler "
 
 def infotext_key(f: Any) -> str:
     """The name of a field in an image's generation parameters."""
-    return INFOTEXT_PREFIX + f.metadata["label"].lower()
+    return INFOTEXT_PREFIX + f.name.replace("_", " ")
 
 
 def _plain(value: Any) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from . import animation, render, sampling, trajectory
 from .embedded import guided, make_model, masked
-from .noising import SeededDraws, blend, variance_preserving, walk
+from .noising import SeededDraws, blend, walk
 from .schedule import Levels, levels
 from .settings import Settings, to_infotext
 from .trajectory import Trajectory
@@ -84,16 +84,9 @@ def _to_tensor(picture: Image.Image) -> Tensor:
 
 
 def show(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, settings: Settings) -> Image.Image:
-    """The picture of one level; outside the mask the source keeps its own brightness.
-
-    Arguments:
-        z: Latents after :func:`blend`, with shape (1, 3, H, W).
-    """
-    kept = torch.zeros_like(z) if mask is None else (1 - mask) * source
-    moving = z - kept
-    if settings.view == "variance preserving":
-        moving = variance_preserving(moving, sigma, PREDICTION[settings.model])
-    return render.to_pictures(moving + kept)[0]
+    """The picture of one level of one image; z is masked already and has shape (1, 3, H, W)."""
+    latent = render.viewed(z, source, mask, sigma, PREDICTION[settings.model], settings.view)
+    return render.to_pictures(latent)[0]
 
 
 def _clean_step(source: Tensor, settings: Settings) -> Iterator[Step]:

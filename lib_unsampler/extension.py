@@ -1,0 +1,355 @@
+"""One img2img request with Batch Unsampler ticked: what happens when, between host and core.
+
+The host swallows exceptions in its hooks and goes on with a plain img2img. So errors are found
+early and raised where nothing swallows them: bad requests from ``p.init``, before any work, and
+what fails later from ``p.save_samples``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import __version__, animation, host, render, trajectory
+from .noising import blend, walk
+from .schedule import Levels, levels
+from .settings import INFOTEXT_PREFIX, Settings, SettingsError, parse_args, surface_fields, to_infotext
+from .trajectory import Trajectory
+
+PATCHED = ("init", "sample", "save_samples")
+PICTURES = {"frames", "animation", "contact sheet"}
+HOST_FIELDS = {f.name for f in surface_fields("host")}
+
+
+def attach(p: Any, args: Sequence[Any]) -> None:
+    """Prepares a request from the script's arguments; never raises, since the host would swallow it."""
+    detach(p)
+    try:
+        enabled, settings = parse_args(args, "host")
+        if enabled:
+            Request(p, settings).attach()
+    except SettingsError as error:
+        _refuse(p, f"Batch Unsampler: {error}")
+    except Exception as error:
+        _refuse(p, f"Batch Unsampler: {type(error).__name__}: {error}")
+
+
+def finish(p: Any, processed: Any) -> None:
+    """Hands the request's results over and takes everything off it again."""
+    request = vars(p).get("batch_unsampler")
+    detach(p)
+    if request is not None:
+        request.hand_over(processed)
+
+
+def detach(p: Any) -> None:
+    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops)."""
+    request = vars(p).pop("batch_unsampler", None)
+    for name in PATCHED:
+        if getattr(vars(p).get(name), "batch_unsampler", False):
+            delattr(p, name)
+    if request is not None:
+        request.restore()
+
+
+def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    patched.batch_unsampler = True
+    setattr(p, name, patched)
+
+
+def _refuse(p: Any, message: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        detach(p)
+        raise host.RefusedError(message)
+
+    _patch(p, "init", refuse)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one batch walks: the levels, and whether its last is where img2img would start anyway."""
+
+    levels: Levels
+    total: int
+    own_start: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of one image of the batch, with the level it shows (step None: the source)."""
+
+    image: int
+    step: int | None
+    sigma: float
+    picture: Image.Image
+
+
+class Request:
+    """The run of one request over all its batches."""
+
+    def __init__(self, p: Any, settings: Settings) -> None:
+        self.p = p
+        self.settings = settings
+        self.wanted = set(settings.output)
+        self.error: Exception | None = None
+        self.animations: list[Any] = []
+        self.sheets: list[Any] = []
+        self.frames: list[Any] = []
+        self.texts: dict[str, list[str]] = {"animations": [], "sheets": [], "frames": []}
+        self.manifest: dict[str, list[dict[str, Any]]] = {"animations": [], "sheets": [], "frames": []}
+        self.latents: list[str] = []
+        self.sigmas: list[float] = []
+        self._made: list[Frame] = []
+        self._trajectory: Trajectory | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether img2img's own sampling is wanted at all."""
+        return "init" in self.wanted
+
+    def attach(self) -> None:
+        """Puts this request's three wrappers on ``p``."""
+        p = self.p
+        p.batch_unsampler = self
+        self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
+        self._own_grid = p.do_not_save_grid
+        p.do_not_save_grid = p.do_not_save_grid or not self.samples
+        for name in PATCHED:
+            _patch(p, name, getattr(self, f"on_{name}"))
+        p.extra_generation_params[INFOTEXT_PREFIX + "version"] = __version__
+        p.extra_generation_params.update(to_infotext(self.settings, "host"))
+
+    def restore(self) -> None:
+        self.p.do_not_save_grid = self._own_grid
+
+    def on_init(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses what the sampler cannot do, then lets the host go on."""
+        del self.p.init
+        name = self.p.sampler_name
+        if not host.has_sigmas(host.make_sampler(self.p)):
+            if self.samples:
+                detach(self.p)
+                raise host.RefusedError(
+                    f"Batch Unsampler: output: init needs a sampler with a sigma schedule, and {name!r} has timesteps; "
+                    "choose a k-diffusion sampler (Euler, DPM++, Heun, LMS, ...)"
+                )
+            host.comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
+            self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
+        return self._init(*args, **kwargs)
+
+    def on_sample(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's sampling of one batch, with ours in it; then the frames are made."""
+        p = self.p
+        self._made, self._trajectory = [], None
+        self._batch: tuple[Tensor, Tensor, Plan] | None = None
+        own = p.sampler.sample_img2img
+        if self.samples and self.wanted - {"init"} and p.iteration == 0:
+            host.add_jobs(p.n_iter)
+
+        def sample_img2img(p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
+            return self._start(own, p, x, noise, *rest, **more)
+
+        with host.attribute(p.sampler, "sample_img2img", sample_img2img):
+            samples = self._sample(*args, **kwargs)
+        try:
+            if self._batch is not None and self.error is None:
+                self._make(*self._batch)
+        except Exception as error:
+            self.error = error
+        if self.samples and self.error is None:
+            return samples
+        shape = (3, p.height, p.width)
+        return host.Decoded(torch.zeros(shape) for _ in p.prompts)
+
+    def plan(self) -> Plan:
+        """The levels of the host's schedule that this request asks for."""
+        p, settings = self.p, self.settings
+        if self.samples:
+            total, start = host.img2img_steps(p)
+        else:
+            total, start = settings.steps or p.steps, 0
+        asked = settings.end_at_step if settings.end_at_step >= 0 else start
+        walked = levels(host.get_sigmas(p, p.sampler, total), asked, settings.step_increment)
+        return Plan(walked, total, own_start=walked.kept[-1] == start)
+
+    def _start(self, own: Callable[..., Tensor], p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
+        """In place of the sampler's ``sample_img2img``: skips it, or starts it from z."""
+        try:
+            plan = self.plan()
+            self._batch = (x.detach().clone(), noise.detach().clone(), plan)
+            plain = plan.own_start and self.settings.noise == "shared" and not self.settings.normalize
+            z = None if plain or not self.samples else self._handoff()
+        except Exception as error:
+            self.error = error
+            return x
+        if not self.samples:
+            return x
+        if z is None:
+            return own(p, x, noise, *rest, **more)
+        with host.starting_from(p.sampler, z):
+            if plan.own_start:
+                return own(p, x, noise, *rest, **more)
+            start = plan.levels.kept[-1]
+            host.comment(p, f"end at step {start} overrides the denoising strength: starts at step {start} of {plan.total}")
+            with host.start_at(p, plan.total, start) as steps:
+                return own(p, x, noise, *rest, **{**more, "steps": steps})
+
+    def _walk(self) -> Any:
+        x, noise, plan = self._batch
+        prediction = host.prediction_type(self.p.sd_model)
+        draws = host.HostDraws(self.p, noise)
+        return walk(x, plan.levels, draws, self.settings.noise, prediction, self.settings.normalize)
+
+    def _handoff(self) -> Tensor:
+        z = None
+        for _, z in self._walk():
+            pass
+        return z
+
+    def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
+        """Walks one batch: makes its frames' pictures and keeps its latents, as wanted."""
+        shown = bool(self.wanted & PICTURES)
+        if not shown and "latents" not in self.wanted:
+            return
+        total = len(plan.levels.kept) + (shown and self.settings.include_clean)
+        progress = host.Progress(total, own_job=self.samples)
+        mask = getattr(self.p, "nmask", None)
+        kept: list[tuple[int, Tensor]] = []
+        if shown and self.settings.include_clean:
+            self._show(x, None, 0.0, progress)
+        z = None
+        for index, z in self._walk():
+            if progress.stopped:
+                break
+            sigma = plan.levels.schedule[index]
+            masked = blend(z, x, mask)
+            if shown:
+                prediction = host.prediction_type(self.p.sd_model)
+                view = render.viewed(masked, x, mask, sigma, prediction, self.settings.view)
+                self._show(view, index, float(sigma), progress)
+            kept.append((index, masked.cpu() if "latents" in self.wanted else sigma))
+        self.sigmas = [float(plan.levels.schedule[index]) for index, _ in kept]
+        if "latents" in self.wanted and kept:
+            self._trajectory = self._record(kept, plan, x, mask, z)
+        progress.done()
+
+    def _show(self, latents: Tensor, step: int | None, sigma: float, progress: host.Progress) -> None:
+        decoded = torch.stack(host.decode(self.p, latents))
+        for image, picture in enumerate(render.to_pictures(decoded)):
+            self._made.append(Frame(image, step, sigma, host.overlaid(self.p, picture, image)))
+        progress.step(len(self._made) // len(latents), self._made[-1].picture)
+
+    def _record(
+        self, kept: list[tuple[int, Tensor]], plan: Plan, x: Tensor, mask: Tensor | None, last: Tensor
+    ) -> Trajectory:
+        indices = [index for index, _ in kept]
+        p = self.p
+        return Trajectory(
+            z=torch.stack([z for _, z in kept]),
+            sigmas=plan.levels.schedule[indices],
+            schedule=plan.levels.schedule,
+            start=indices[-1],
+            source=x.cpu(),
+            prediction=host.prediction_type(p.sd_model),
+            seeds=tuple(int(seed) for seed in p.seeds),
+            mask=None if mask is None else mask.cpu().float(),
+            handoff=None if mask is None else last.cpu(),
+            settings=asdict(self.settings),
+            info={"model": str(p.sd_model_name), "sampler": str(p.sampler_name), "scheduler": str(p.scheduler)},
+        )
+
+    def on_save_samples(self) -> bool:
+        """Once per batch, after its sampling: raises what failed, files what was made."""
+        if self.error is not None:
+            error = self.error
+            detach(self.p)
+            raise error
+        save = self._save_samples()
+        for image in range(len(self.p.prompts)):
+            self._file_animation([f for f in self._made if f.image == image], image, save)
+            self._file_sheet([f for f in self._made if f.image == image], image, save)
+        self._file_frames(save)
+        self._file_latents()
+        self._made = []
+        return save and self.samples
+
+    def _file_animation(self, frames: list[Frame], image: int, save: bool) -> None:
+        if "animation" not in self.wanted or not frames:
+            return
+        text = host.infotext(self.p, image, {})
+        pictures = [f.picture for f in (reversed(frames) if self.settings.reverse else frames)]
+        file = host.temporary_file(".gif")
+        animation.write_gif(file, pictures, [self.settings.duration] * len(pictures), text)
+        if save:
+            file = host.save_file(self.p, file, pictures[0], image, text, "-unsampling")
+        self.animations.append(host.gallery_item(self.p, file, pictures[0], text))
+        self._note("animations", text, {"kind": "animation", "image": self._number(image)})
+
+    def _file_sheet(self, frames: list[Frame], image: int, save: bool) -> None:
+        if "contact sheet" not in self.wanted or not frames:
+            return
+        text = host.infotext(self.p, image, {})
+        captions = [render.sigma_text(f.sigma) for f in frames]
+        sheet = render.contact_sheet([render.thumbnail(f.picture) for f in frames], captions)
+        sheet.info["parameters"] = text
+        if save:
+            host.save_picture(self.p, sheet, image, text, "-unsampling-sheet")
+        self.sheets.append(sheet)
+        self._note("sheets", text, {"kind": "contact sheet", "image": self._number(image)})
+
+    def _file_frames(self, save: bool) -> None:
+        if "frames" not in self.wanted:
+            return
+        for number, frame in enumerate(self._made):
+            level = {"sigma": f"{frame.sigma:.6g}"} | ({} if frame.step is None else {"step": frame.step})
+            extra = {INFOTEXT_PREFIX + "frame " + key: value for key, value in level.items()}
+            text = host.infotext(self.p, frame.image, extra)
+            frame.picture.info["parameters"] = text
+            if save:
+                order = number // len(self.p.prompts)
+                host.save_picture(self.p, frame.picture, frame.image, text, f"-z{order:03d}")
+            self.frames.append(frame.picture)
+            entry = {"kind": "frame", "image": self._number(frame.image), "step": frame.step, "sigma": frame.sigma}
+            self._note("frames", text, entry)
+
+    def _file_latents(self) -> None:
+        """The latents file is asked for by name, so it is written also where samples are not saved."""
+        if self._trajectory is None:
+            return
+        text = host.infotext(self.p, 0, {})
+        file = host.temporary_file(".safetensors")
+        trajectory.save(self._trajectory, file)
+        path = host.save_file(self.p, file, Image.new("RGB", (8, 8)), 0, text, "-unsampling")
+        self.latents.append(str(path))
+        host.comment(self.p, f"latents saved: {path}")
+
+    def _number(self, image: int) -> int:
+        """The number of an image over all batches, as in ``all_seeds``."""
+        return self.p.iteration * self.p.batch_size + image
+
+    def _note(self, kind: str, text: str, entry: dict[str, Any]) -> None:
+        self.texts[kind].append(text)
+        self.manifest[kind].append(entry)
+
+    def hand_over(self, processed: Any) -> None:
+        """Animations, then sheets, then frames, then (with init) the host's own images."""
+        kinds = ("animations", "sheets", "frames")
+        items = [item for kind in kinds for item in getattr(self, kind)]
+        texts = [text for kind in kinds for text in self.texts[kind]]
+        host.put_first(processed, items, texts, keep_own=self.samples)
+        settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
+        processed.extra_generation_params = {
+            **processed.extra_generation_params,
+            INFOTEXT_PREFIX + "settings": settings,
+            INFOTEXT_PREFIX + "sigmas": self.sigmas,
+            INFOTEXT_PREFIX + "images": [entry for kind in kinds for entry in self.manifest[kind]],
+            INFOTEXT_PREFIX + "latents": self.latents,
+        }

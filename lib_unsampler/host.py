@@ -1,0 +1,293 @@
+"""The WebUI: the only file that knows ``modules``. Everything it asks of the host is asked here.
+
+Hosts are told apart by what they have, never by a version string. Nothing global is patched: a
+request's own ``p`` and its own sampler carry instance attributes that are taken off again.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from modules import devices, images, processing, rng, sd_samplers, sd_samplers_common, shared
+from PIL import Image
+from torch import Tensor
+
+from .files import whole
+
+
+class RefusedError(HTTPException):
+    """A request that cannot be done as asked: HTTP 422 in the API, readable text on the page."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(status_code=422, detail=message)
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Shadows an attribute on one object, and takes the shadow off again whatever happens."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def prediction_type(model: Any) -> str:
+    """``eps``, ``v`` or ``flow`` of the loaded model."""
+    if hasattr(model, "add_noise_to_latent"):
+        return "flow"
+    return "v" if getattr(model, "parameterization", "eps") == "v" else "eps"
+
+
+def make_sampler(p: Any) -> Any:
+    """The sampler that the host will make for this request."""
+    return sd_samplers.create_sampler(p.sampler_name, p.sd_model)
+
+
+def has_sigmas(sampler: Any) -> bool:
+    """Whether a sampler walks sigmas (k-diffusion's dialect) rather than timesteps."""
+    return hasattr(sampler, "get_sigmas")
+
+
+def get_sigmas(p: Any, sampler: Any, steps: int) -> Tensor:
+    r"""The host's schedule for a sampler, descending, with every setting of the host applied.
+
+    Timestep samplers (DDIM, PLMS, UniPC) have none: their timesteps' noise levels are
+    :math:`s = \sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}`.
+    """
+    if has_sigmas(sampler):
+        return sampler.get_sigmas(p, steps)
+    alphas = p.sd_model.alphas_cumprod
+    alpha = alphas[sampler.get_timesteps(p, steps).to(alphas.device)].double()
+    sigmas = ((1 - alpha) / alpha).sqrt().flip(0).float().cpu()
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
+    """(schedule steps, index of the start level) of img2img's own sampling."""
+    total, t_enc = sd_samplers_common.setup_img2img_steps(p, steps)
+    return total, total - t_enc - 1
+
+
+@contextmanager
+def start_at(p: Any, total: int, start: int) -> Iterator[int]:
+    """Has img2img's own arithmetic start at another level of a schedule of ``total`` steps.
+
+    Yields the ``steps`` argument for ``sample_img2img``; the denoising strength is the request's
+    own again afterwards.
+
+    Raises:
+        RefusedError: if the host's arithmetic cannot express that start.
+    """
+    steps = total - start
+    with attribute(p, "denoising_strength", steps / (total + 0.5)):
+        if img2img_steps(p, steps) != (total, start):
+            raise RefusedError(f"end_at_step: {start} of {total} steps cannot be a start level of this WebUI")
+        yield steps
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Leaves the global generators (torch's and the host's NV one) as they were found."""
+    devices_used = [devices.device.index or 0] if devices.device.type == "cuda" else []
+    had, nv = hasattr(rng, "nv_rng"), getattr(rng, "nv_rng", None)
+    with torch.random.fork_rng(devices=devices_used):
+        try:
+            yield
+        finally:
+            if had:
+                rng.nv_rng = nv
+            elif hasattr(rng, "nv_rng"):
+                del rng.nv_rng
+
+
+class HostDraws:
+    """The noise draws of one batch, from generators built as the host builds its own.
+
+    Draw 0 is img2img's own noise as the sampler receives it; the later ones continue the same
+    seeds' streams, with the request's noise multiplier. None of the sampler's draws is consumed.
+    """
+
+    def __init__(self, p: Any, first: Tensor) -> None:
+        """``first`` is the noise handed to the sampler, with shape (B, C, H, W)."""
+        self._first = first
+        self._scale = getattr(p, "initial_noise_multiplier", None)
+        self._rng = rng.ImageRNG(
+            tuple(first.shape[1:]),
+            p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            seed_resize_from_h=p.seed_resize_from_h,
+            seed_resize_from_w=p.seed_resize_from_w,
+        )
+        self._next = 0
+
+    def __call__(self, j: int) -> Tensor:
+        if j == 0:
+            return self._first
+        with untouched_generators():
+            while self._next <= j:
+                drawn = self._rng.next()
+                self._next += 1
+        if self._scale not in (None, 1.0):
+            drawn = drawn * self._scale
+        return drawn.to(self._first.device)
+
+
+class Decoded(list):
+    """Pictures in [-1, 1] in place of latents: the host decodes nothing."""
+
+    already_decoded = True
+
+
+def decode(p: Any, latents: Tensor) -> list[Tensor]:
+    """Latents of shape (B, C, H, W) to pictures in [-1, 1] of shape (3, H, W), as the host's settings say."""
+    with torch.no_grad():
+        return list(processing.decode_latent_batch(p.sd_model, latents, target_device=devices.cpu, check_for_nans=True))
+
+
+def overlaid(p: Any, picture: Image.Image, index: int) -> Image.Image:
+    """A picture of ``only masked`` or masked img2img, put back into its surroundings as the host does."""
+    overlays = getattr(p, "overlay_images", None) or []
+    if not getattr(shared.opts, "overlay_inpaint", True) or index >= len(overlays):
+        return picture
+    return processing.apply_overlay(picture, p.paste_to, overlays[index])[0]
+
+
+def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
+    """The generation parameters of image ``index`` of the present batch, with more keys."""
+    with attribute(p, "extra_generation_params", {**p.extra_generation_params, **extra}):
+        return processing.create_infotext(
+            p, p.prompts, p.seeds, p.subseeds, index=index, all_negative_prompts=p.negative_prompts
+        )
+
+
+def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> None:
+    """Saves a frame where and as the host saves its images."""
+    images.save_image(
+        *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
+        info=text,
+        p=p,
+        suffix=suffix,
+    )
+
+
+def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str) -> Path:
+    """Moves a finished file to the name the host would give an image, with its own ending.
+
+    The host names files only while it saves them, so it saves a small picture first, whose name
+    is then taken over.
+    """
+    name, _ = images.save_image(
+        *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"), info=text, p=p, suffix=suffix
+    )
+    placeholder = Path(name)
+    final = placeholder.with_suffix(made.suffix)
+    with whole(final) as part:
+        part.write_bytes(made.read_bytes())
+    placeholder.unlink(missing_ok=True)
+    made.unlink(missing_ok=True)
+    return final
+
+
+def temporary_file(ending: str) -> Path:
+    """A file the WebUI's page may show though nothing is saved; the host cleans its folder up."""
+    folder = shared.opts.temp_dir or os.path.join(tempfile.gettempdir(), "gradio")
+    os.makedirs(folder, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=ending, dir=folder)
+    os.close(handle)
+    return Path(name)
+
+
+def gallery_item(p: Any, file: Path, first: Image.Image, text: str) -> Any:
+    """What stands for an animation in the results: base64 in the API, the moving file on the page."""
+    if getattr(p, "is_api", False):
+        return base64.b64encode(file.read_bytes()).decode("ascii")
+    picture = first.copy()
+    picture.info["parameters"] = text
+    picture.already_saved_as = str(file)
+    return picture
+
+
+class Progress:
+    """The host's progress bar, live preview and buttons, while frames are made."""
+
+    def __init__(self, total: int, own_job: bool) -> None:
+        """``own_job``: whether this is a job of its own, beside the sampling."""
+        self._state = shared.state
+        if own_job:
+            self._state.nextjob()
+        self._state.sampling_steps = total
+        self._state.sampling_step = 0
+        self._total = total
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the user pressed Interrupt or Skip."""
+        state = self._state
+        return state.interrupted or state.skipped or getattr(state, "stopping_generation", False)
+
+    def step(self, number: int, picture: Image.Image) -> None:
+        """Frame ``number`` (from 1) is done."""
+        self._state.sampling_step = number
+        self._state.textinfo = f"Unsampling: frame {number} of {self._total}"
+        if shared.opts.live_previews_enable:
+            self._state.assign_current_image(picture)
+
+    def done(self) -> None:
+        self._state.textinfo = None
+
+
+def add_jobs(count: int) -> None:
+    """Tells the progress bar that more jobs than the host's own will run."""
+    if shared.state.job_count > 0:
+        shared.state.job_count += count
+
+
+def comment(p: Any, text: str) -> None:
+    """A remark for the result's info and the log."""
+    print(f"[Batch Unsampler] {text}")
+    if hasattr(p, "comment"):
+        p.comment(text)
+
+
+def put_first(processed: Any, items: Sequence[Any], texts: Sequence[str], keep_own: bool) -> None:
+    """Puts results before the host's own images, or in their place."""
+    own = (list(processed.images), list(processed.infotexts)) if keep_own else ([], [])
+    processed.images = [*items, *own[0]]
+    processed.infotexts = [*texts, *own[1]]
+    processed.index_of_first_image = 0
+
+
+
+@contextmanager
+def starting_from(sampler: Any, z: Tensor) -> Iterator[None]:
+    """Has a k-diffusion sampler start from z, whatever start state the host computes."""
+    function = sampler.func
+
+    @functools.wraps(function)  # the host inspects its signature
+    def started(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sampler.func = function
+        return function(model, z.to(x), *args, **kwargs)
+
+    try:
+        sampler.func = started
+        yield
+    finally:
+        sampler.func = function

@@ -1,0 +1,51 @@
+"""The accordion's controls, made from settings.py. The only file that imports gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from .settings import OUTPUTS, surface_fields
+
+ELEM_ID = "batch_unsampler"
+GROUPS = (
+    ("What comes out", ("output",)),
+    ("How far into the noise", ("steps", "end_at_step", "step_increment")),
+    ("Which noise", ("noise", "normalize")),
+    ("How the frames look", ("view", "duration", "include_clean", "reverse")),
+)
+
+
+def build(accordion: Callable[..., Any], title: str) -> list[Any]:
+    """The controls inside a tick-box accordion: enabled first, then the host's fields in order.
+
+    Arguments:
+        accordion: The host's ``InputAccordion``, or anything called like it.
+        title: The accordion's label.
+    """
+    by_name = {f.name: f for f in surface_fields("host")}
+    made: dict[str, Any] = {}
+    with accordion(False, label=title, elem_id=ELEM_ID) as enabled:
+        for heading, names in GROUPS:
+            gr.HTML(f"<b>{heading}</b>", elem_classes=["batch-unsampler-heading"])
+            with gr.Row():
+                for name in names:
+                    made[name] = _control(by_name[name])
+    return [enabled, *(made[name] for name in by_name)]
+
+
+def _control(f: Any) -> Any:
+    """The gradio control of a field: its label, bounds, choices and help are the field's own."""
+    common = {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
+    choices = f.metadata["choices"]
+    if choices is OUTPUTS:
+        return gr.CheckboxGroup(choices=list(choices), value=list(f.default), **common)
+    if choices:
+        return gr.Radio(choices=list(choices), value=f.default, **common)
+    if isinstance(f.default, bool):
+        return gr.Checkbox(value=f.default, **common)
+    bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
+    whole = isinstance(f.default, int)
+    return gr.Number(value=f.default, precision=0 if whole else None, step=1 if whole else 0.01, **bounds, **common)
