@@ -11,14 +11,20 @@ bit. Sigma is in the space the model's schedule uses; latents are the model's, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import fused
+from .fused import STEP
+from .philox import PhiloxDraws
 from .schedule import Levels
 
 PREDICTIONS = ("eps", "v", "flow")
+NOISE_KINDS = ("shared", "independent", "path")
 
 Draw = Callable[[int], Tensor]
 """``draw(j)``: the j-th noise draw of every image, with shape (B, C, [T,] H, W) in float32.
@@ -58,6 +64,13 @@ def implied_noise(z: Tensor, x: Tensor, sigma: Tensor, prediction: str) -> Tenso
     return (z.float() - signal_scale(sigma, prediction) * x.float()) / sigma
 
 
+def diffusion(sigma: Tensor, to_sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
+    r"""The factors (of z, of the noise) of :func:`diffuse`, in float64; the shape of ``sigma``."""
+    s, t = sigma.double(), to_sigma.double()
+    r = torch.where(s == t, 1.0, signal_scale(t, prediction) / signal_scale(s, prediction))
+    return r, (t**2 - r**2 * s**2).sqrt()
+
+
 def diffuse(z: Tensor, noise: Tensor, sigma: Tensor, to_sigma: Tensor, prediction: str) -> Tensor:
     r"""One step of the forward process, from level s to the noisier s'.
 
@@ -70,12 +83,10 @@ def diffuse(z: Tensor, noise: Tensor, sigma: Tensor, to_sigma: Tensor, predictio
         sigma: The level s, with shape ().
         to_sigma: The level s', not below s, with shape ().
     """
-    s, t = sigma.double(), to_sigma.double()
-    if s == t:
+    if sigma == to_sigma:
         return z
-    r = (1 - t) / (1 - s) if prediction == "flow" else torch.ones_like(t)
-    scale = (t**2 - r**2 * s**2).sqrt()
-    return r.item() * z + scale.item() * noise.float()
+    r, scale = (factor.to(z.device, torch.float32) for factor in diffusion(sigma, to_sigma, prediction))
+    return r * z + scale * noise.float()
 
 
 def normalize_noise(noise: Tensor) -> Tensor:
@@ -119,18 +130,13 @@ def walk(
     Arguments:
         x: Clean latents with shape (B, C, [T,] H, W).
         levels: The walk.
-        draw: The source of noise.
+        draw: The source of noise, on x's device.
         kind: ``shared``, ``independent`` or ``path``.
         prediction: ``eps``, ``v`` or ``flow``.
         normalize: Whether each image's implied noise is brought to mean 0 and variance 1.
     """
-    if kind == "path":
-        states = _path_states(x, levels, draw, prediction)
-    elif kind in ("shared", "independent"):
-        states = _marginal_states(x, levels, draw, kind, prediction, normalize)
-    else:
-        raise ValueError(f"noise: {kind!r} is not one of shared, independent, path")
-    for index, z in states:
+    states = _states(x, plan(levels, kind, prediction), draw, kind, normalize)
+    for index, z in zip(levels.kept, states):
         sigma = levels.schedule[index]
         if kind == "path" and normalize and sigma > 0:
             noise = normalize_noise(implied_noise(z, x, sigma, prediction))
@@ -138,25 +144,45 @@ def walk(
         yield index, z
 
 
-def _marginal_states(
-    x: Tensor, levels: Levels, draw: Draw, kind: str, prediction: str, normalize: bool
-) -> Iterator[tuple[int, Tensor]]:
-    prepare = normalize_noise if normalize else torch.Tensor.float
+def plan(levels: Levels, kind: str, prediction: str) -> np.ndarray:
+    r"""A walk as rows of :data:`fused.STEP`: ``z = noise * draw(j) + signal * base``.
+
+    ``shared`` and ``independent``: a row for each kept level, base x, :func:`add_noise`'s factors.
+    ``path``: a row for each visited level, base the row before (x first), :func:`diffuse`'s factors.
+    """
+    if kind not in NOISE_KINDS:
+        raise ValueError(f"noise: {kind!r} is not one of {', '.join(NOISE_KINDS)}")
+    indices = np.array(levels.visited if kind == "path" else levels.kept)
+    sigma = torch.from_numpy(levels.schedule.numpy()[indices])
+    steps = np.empty(len(indices), STEP)
+    if kind == "path":
+        steps["signal"], steps["noise"] = diffusion(torch.cat([torch.zeros(1), sigma[:-1]]), sigma, prediction)
+        slots = np.full(len(levels.schedule), -1)
+        slots[list(levels.kept)] = np.arange(len(levels.kept))
+        steps["slot"] = slots[indices]
+    else:
+        steps["signal"], steps["noise"] = signal_scale(sigma, prediction), sigma
+        steps["slot"] = np.arange(len(indices))
+    steps["draw"] = 0 if kind == "shared" else levels.draw_index(indices)
+    return steps
+
+
+def _states(
+    x: Tensor, steps: np.ndarray, draw: Draw, kind: str, normalize: bool, into: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The kept levels in float32, written into the slots of ``into`` if that is given."""
+    prepare = normalize_noise if normalize and kind != "path" else torch.Tensor.float
     common = prepare(draw(0)) if kind == "shared" else None
-    for index in levels.kept:
-        noise = prepare(draw(levels.draw_index(index))) if common is None else common
-        yield index, add_noise(x, noise, levels.schedule[index], prediction)
-
-
-def _path_states(x: Tensor, levels: Levels, draw: Draw, prediction: str) -> Iterator[tuple[int, Tensor]]:
-    z, sigma = x.float(), torch.zeros(())
-    kept = set(levels.kept)
-    for index in levels.visited:
-        to_sigma = levels.schedule[index]
-        z = diffuse(z, draw(levels.draw_index(index)), sigma, to_sigma, prediction)
-        sigma = to_sigma
-        if index in kept:
-            yield index, z
+    base = x.float()
+    for signal, scale, j, slot in steps.tolist():
+        noise = prepare(draw(j)) if common is None else common
+        out = None if into is None or slot < 0 else into[slot]
+        z = torch.mul(noise.expand_as(base), scale, out=out)
+        z += base if signal == 1 else signal * base
+        if kind == "path":
+            base = z
+        if slot >= 0:
+            yield z
 
 
 def unsample(
@@ -169,14 +195,34 @@ def unsample(
 ) -> Tensor:
     """The batch of every kept level: :func:`walk`, collected in the latent's own dtype.
 
+    One kernel writes it where :mod:`.fused` serves; otherwise torch does, level by level in place.
+
     Returns:
         z with shape (L, B, C, [T,] H, W), least noisy first; ``z.flatten(0, 1)`` is the
         original node's ``latent_batch``.
     """
+    steps = plan(levels, kind, prediction)
     z = torch.empty((len(levels.kept), *x.shape), dtype=x.dtype, device=x.device)
-    for slot, (_, state) in zip(z, walk(x, levels, draw, kind, prediction, normalize)):
-        slot.copy_(state)
+    if runs_fused(x, draw, kind, normalize):
+        if isinstance(draw, PhiloxDraws) and not normalize:
+            fused.fill(z, x, steps, kind, draw, None)
+        else:
+            noise = normalize_noise(draw(0)) if normalize else draw(0).float()
+            fused.fill(z, x, steps, kind, None, noise.expand_as(x))
+    elif z.dtype == torch.float32 and not (kind == "path" and normalize):
+        deque(_states(x, steps, draw, kind, normalize, into=z), maxlen=0)
+    else:
+        for slot, (_, state) in zip(z, walk(x, levels, draw, kind, prediction, normalize)):
+            slot.copy_(state)
     return z
+
+
+def runs_fused(x: Tensor, draw: Draw, kind: str, normalize: bool = False) -> bool:
+    """Whether :func:`unsample` writes this batch with the fused kernel: for benchmarks and tests."""
+    philox = isinstance(draw, PhiloxDraws) and not normalize
+    if philox and (len(draw.seeds), *draw.shape) != x.shape:
+        raise ValueError(f"noise: draws of shape {(len(draw.seeds), *draw.shape)} for latents of {tuple(x.shape)}")
+    return fused.serves(x, philox, kind)
 
 
 def variance_preserving(z: Tensor, sigma: Tensor, prediction: str) -> Tensor:
@@ -193,22 +239,28 @@ def variance_preserving(z: Tensor, sigma: Tensor, prediction: str) -> Tensor:
 
 
 class SeededDraws:
-    """Noise draws from one generator per image, as the WebUI's ``ImageRNG`` makes them on the CPU.
+    """Noise draws from one torch generator per image, as the WebUI's ``ImageRNG`` makes them.
 
-    A batch of B images draws what B single runs draw, bit for bit. Draws come in order; asking for
-    an earlier one again raises ValueError.
+    On the CPU these are its ``CPU`` source, on a CUDA device its ``GPU`` source (NV is
+    :class:`~.philox.PhiloxDraws`). A batch of B images draws what B single runs draw, bit for bit.
+    Draws come in order; asking for an earlier one again raises ValueError.
     """
 
-    def __init__(self, seeds: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
+    ) -> None:
         """``shape`` is one image's latent, (C, [T,] H, W)."""
-        self._generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._shape = shape
+        self._device = device
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
         if j < self._next:
             raise ValueError(f"draw {j} was already taken (next is {self._next})")
+        drawn = torch.empty((len(self._generators), *self._shape), device=self._device)
         for _ in range(self._next, j + 1):
-            drawn = [torch.randn(self._shape, generator=g) for g in self._generators]
+            for image, generator in zip(drawn, self._generators):
+                torch.randn(self._shape, generator=generator, out=image)
         self._next = j + 1
-        return torch.stack(drawn)
+        return drawn

@@ -1,0 +1,95 @@
+"""Where the fused kernel can serve, and its launch.
+
+On an NVIDIA GPU with Triton the whole batch is written once, without a copy of any kind and without
+waiting for the device. Everywhere else noising.py's torch path does the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .philox import PhiloxDraws
+
+try:
+    from . import kernels
+except ImportError:  # no Triton: Windows, macOS, torch for the CPU
+    kernels = None
+
+STEP = np.dtype([("signal", np.float32), ("noise", np.float32), ("draw", np.int32), ("slot", np.int32)])
+"""One level of a walk: ``z = noise * draw(j) + signal * base``, kept at ``slot`` (-1: walked through)."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LEVELS_PER_PROGRAM = 32
+PROGRAMS = 4096
+"""Enough for any GPU's multiprocessors; levels are split no finer than that takes."""
+
+
+def serves(x: Tensor, philox: bool, kind: str) -> bool:
+    """Whether :func:`fill` can write this batch: noise that is drawn once, or that it can compute.
+
+    Arguments:
+        x: Clean latents with shape (B, C, [T,] H, W).
+        philox: Whether the noise is that of :class:`PhiloxDraws`, unchanged.
+        kind: ``shared``, ``independent`` or ``path``.
+    """
+    if kernels is None or not x.is_cuda or x.dtype not in DTYPES or not 0 < x.numel() < 2**31:
+        return False
+    return (philox or kind == "shared") and _compiles(x.device.index, x.dtype)
+
+
+@cache
+def _compiles(device: int, dtype: torch.dtype) -> bool:
+    """Whether Triton can build and run the kernel here: it may lack a C compiler, or know no such GPU."""
+    if torch.version.cuda is None:
+        return False
+    x = torch.zeros((1, 16), dtype=dtype, device=f"cuda:{device}")
+    steps = np.array([(1.0, 1.0, 0, 0)], STEP)
+    try:
+        fill(torch.empty_like(x)[None], x, steps, "independent", PhiloxDraws((0,), (16,)), None)
+    except Exception:  # whatever Triton raises, the torch path still works
+        return False
+    return True
+
+
+def fill(z: Tensor, x: Tensor, steps: np.ndarray, kind: str, draws: PhiloxDraws | None, noise: Tensor | None) -> None:
+    """Writes every kept level of a walk into z with one kernel.
+
+    Arguments:
+        z: The output with shape (L, B, C, [T,] H, W), contiguous.
+        x: Clean latents with shape (B, C, [T,] H, W).
+        steps: The levels, least noisy first, of dtype :data:`STEP`.
+        kind: ``shared``, ``independent`` or ``path``.
+        draws: The source of noise, or None if ``noise`` is given.
+        noise: ``shared``'s noise with the shape of x, float32.
+    """
+    images, size = len(x), x[0].numel()
+    path = kind == "path"
+    # One element per thread on a path, whose levels cannot be split over programs; else two 16-byte stores.
+    block, warps = (128, 4) if path else (1024, 4)
+    blocks = -(-size // block) * images
+    chunk = len(steps) if path else min(max(len(steps) * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
+    x = x.contiguous()
+    with torch.cuda.device(x.device):
+        kernels.unsample[(blocks * -(-len(steps) // chunk),)](
+            z, x, x if noise is None else noise.contiguous(), _table(steps, draws, images, x.device),
+            size, images, len(steps), chunk,
+            GIVEN=noise is not None, SHARED=kind == "shared", PATH=path,
+            FLOW=bool((steps["signal"] != 1).any()), BLOCK=block,
+            num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _table(steps: np.ndarray, draws: PhiloxDraws | None, images: int, device: torch.device) -> Tensor:
+    """Keys (two words an image), then steps (four words each), on the device in one copy.
+
+    Page-locked memory, so that the copy does not wait for the device.
+    """
+    staged = torch.empty(2 * images + 4 * len(steps), dtype=torch.int32, pin_memory=True)
+    words = staged.numpy()
+    words[: 2 * images] = np.array(draws.seeds if draws else [0] * images, np.uint64).view(np.int32)
+    words[2 * images :] = steps.view(np.int32)
+    return staged.to(device, non_blocking=True)

@@ -1,0 +1,132 @@
+r"""The Triton kernel that writes a whole batch of noisy latents once.
+
+Each program owns a run of one image's elements and walks up a run of levels. All of Philox,
+Box-Muller, scaling, adding and casting happens in registers; memory sees x once and z once.
+
+Philox spends a block on every number, so the kernel is bound by 32-bit multiplications. With the
+counter (draw, 0, element, 0) the first two rounds' four products each depend on the element alone
+(:math:`M_1 e`, :math:`M_0 c_0'`: the compiler hoists them out of the level loop) or on the level
+alone (:math:`M_0 j`, :math:`M_1 c_2'`: scalars), and rounds 9 and 10 need only the parts that reach
+the first two output words (dead code). 15 of the 20 multiplications remain.
+
+Only fused.py imports this file, and only where Triton is installed. See philox.py for the formulas.
+"""
+
+import triton
+import triton.language as tl
+
+from . import philox
+
+M0 = tl.constexpr(philox.MULTIPLIERS[0])
+M1 = tl.constexpr(philox.MULTIPLIERS[1])
+W0 = tl.constexpr(philox.KEY_STEPS[0])
+W1 = tl.constexpr(philox.KEY_STEPS[1])
+TURN = tl.constexpr(philox.TURN)
+NEAR_ONE = tl.constexpr(0xFE000000)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _multiply(word, multiplier: tl.constexpr):
+    """High and low word of the 64-bit product: one wide multiplication."""
+    product = word.to(tl.uint64) * tl.full((), multiplier, tl.uint64)
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _approximate(x, function: tl.constexpr):
+    """The special function unit's lg2, sin or sqrt of a float32."""
+    return tl.inline_asm_elementwise(
+        function + ".approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def philox_words(element, draw, k0, k1):
+    """The first two words of philox.philox((draw, 0, element, 0), (k0, k1)), in uint32."""
+    w0 = tl.full((), W0, tl.uint32)
+    w1 = tl.full((), W1, tl.uint32)
+    # Rounds 1 and 2, grouped so that what depends on the element alone stays apart from the draw.
+    high1, low1 = _multiply(element, M1)
+    high0, low0 = _multiply(draw, M0)
+    element_high, element_low = _multiply(high1 ^ k0, M0)
+    draw_high, draw_low = _multiply(high0 ^ k1, M1)
+    k0 += w0
+    k1 += w1
+    c0 = draw_high ^ (low1 ^ k0)
+    c1 = draw_low
+    c2 = low0 ^ (element_high ^ k1)
+    c3 = element_low
+    for _ in tl.static_range(8):
+        k0 += w0
+        k1 += w1
+        high0, low0 = _multiply(c0, M0)
+        high1, low1 = _multiply(c2, M1)
+        c0 = high1 ^ (c1 ^ k0)
+        c1 = low1
+        c2 = high0 ^ (c3 ^ k1)
+        c3 = low0
+    return c0, c1
+
+
+@triton.jit
+def box_muller(x, y):
+    r"""philox.box_muller in float32, within 1e-5 of it for every pair of words.
+
+    Read as signed, x gives :math:`q = u` in the lower half and :math:`q = u - 1`, exact near 0, in
+    the upper. Where u is above :math:`1 - 2^{-7}`, lg2 would lose the small logarithm, so
+    :math:`-2 \ln(1 + q) = q (q - 2) + O(q^3)` stands in. y as signed turns v by whole periods only.
+    """
+    q = tl.fma(x.to(tl.int32, bitcast=True).to(tl.float32), 2.0**-32, 2.0**-33)
+    u = tl.where(q < 0, q + 1.0, q)
+    square = tl.where(x >= NEAR_ONE, q * (q - 2.0), _approximate(u, "lg2") * (-2.0 * LN2))
+    v = tl.fma(y.to(tl.int32, bitcast=True).to(tl.float32), TURN, TURN / 2)
+    return _approximate(square, "sqrt") * _approximate(v, "sin")
+
+
+@triton.jit
+def normal(element, draw, k0, k1):
+    """The NV noise of an element in a draw, float32."""
+    x, y = philox_words(element, draw, k0, k1)
+    return box_muller(x, y)
+
+
+@triton.jit(do_not_specialize=["images", "levels", "chunk"])
+def unsample(
+    z, x, noise, table, size, images, levels, chunk,
+    GIVEN: tl.constexpr, SHARED: tl.constexpr, PATH: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    r"""``z[slot] = noise_scale * n + signal * base`` for every row of the table; see fused.fill.
+
+    Each product and the sum are rounded to float32 (launch with ``enable_fp_fusion=False``). base is
+    x, or with PATH the row before. Rows with slot -1 are walked through, not written.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(size, BLOCK)
+    image = (program // blocks) % images
+    first = program // blocks // images * chunk
+    element = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = element < size
+    k0 = tl.load(table + 2 * image).to(tl.uint32, bitcast=True)
+    k1 = tl.load(table + 2 * image + 1).to(tl.uint32, bitcast=True)
+    source = image.to(tl.int64) * size + element
+    base = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
+    n = base
+    if GIVEN:
+        n = tl.load(noise + source, mask=inside, other=0.0)
+    elif SHARED:
+        n = normal(element.to(tl.uint32), tl.zeros((), tl.uint32), k0, k1)
+    for level in range(first, tl.minimum(first + chunk, levels)):
+        row = table + 2 * images + 4 * level
+        if not SHARED:
+            n = normal(element.to(tl.uint32), tl.load(row + 2).to(tl.uint32, bitcast=True), k0, k1)
+        state = base
+        if FLOW:
+            state = tl.load(row).to(tl.float32, bitcast=True) * base
+        state += tl.load(row + 1).to(tl.float32, bitcast=True) * n
+        if PATH:
+            base = state
+        slot = tl.load(row + 3)
+        if slot >= 0:
+            target = z + (slot.to(tl.int64) * images + image) * size + element
+            tl.store(target, state.to(z.dtype.element_ty), mask=inside)
