@@ -105,6 +105,7 @@ def save(trajectory: Trajectory, path: Path) -> None:
     """Writes a trajectory file; it appears under its name only when whole."""
     names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
     tensors = {name: getattr(trajectory, name).detach().cpu().contiguous() for name in names}
+    tensors = {name: t if name == "z" else t.clone() for name, t in tensors.items()}  # safetensors refuses views
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

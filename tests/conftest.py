@@ -1,0 +1,48 @@
+"""What the tests share: modest threads, a small picture, draws whose noise is known."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+Draw = Callable[[int], Tensor]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A 32 x 24 photograph-like PNG, cut from the bundled cat."""
+    path = tmp_path / "picture.png"
+    Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB").resize((32, 24)).save(path)
+    return path
+
+
+@pytest.fixture
+def latent() -> Callable[..., Tensor]:
+    """Makes a clean latent that is not noise: smooth, not centred, different for each image."""
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        ramp = torch.linspace(-1.5, 2.5, int(torch.tensor(shape).prod()), dtype=torch.float64)
+        return (ramp + 0.7 * torch.sin(9 * ramp)).reshape(shape).to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def known_draws() -> Callable[..., tuple[Draw, Tensor]]:
+    """Makes (draw, all of its draws) for a shape, so that a test can write the formula with them."""
+
+    def make(count: int, *shape: int, seed: int = 0) -> tuple[Draw, Tensor]:
+        noise = torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
+        return (lambda j: noise[j]), noise
+
+    return make
