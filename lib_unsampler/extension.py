@@ -187,6 +187,9 @@ class Request:
             self._batch = (x.detach().clone(), noise.detach().clone(), plan)
             plain = plan.own_start and self.settings.noise == "shared" and not self.settings.normalize
             z = None if plain or not self.samples else self._handoff()
+        except ValueError as error:
+            self.error = host.RefusedError(f"Batch Unsampler: {error}")
+            return x
         except Exception as error:
             self.error = error
             return x

@@ -27,6 +27,9 @@ LEVELS_PER_PROGRAM = 32
 PROGRAMS = 4096
 """Enough for any GPU's multiprocessors; levels are split no finer than that takes."""
 
+STAGED_BYTES = 2**16
+"""CUDA takes copies up to this size at once; larger ones wait for the device, unless page-locked."""
+
 
 def serves(x: Tensor, philox: bool, kind: str) -> bool:
     """Whether :func:`fill` can write this batch: noise that is drawn once, or that it can compute.
@@ -68,8 +71,8 @@ def fill(z: Tensor, x: Tensor, steps: np.ndarray, kind: str, draws: PhiloxDraws 
     """
     images, size = len(x), x[0].numel()
     path = kind == "path"
-    # One element per thread on a path, whose levels cannot be split over programs; else two 16-byte stores.
-    block, warps = (128, 4) if path else (1024, 4)
+    # A path cannot be split over programs: one element per thread, and levels unrolled to keep it busy.
+    block, warps, unroll = (128, 4, 4) if path else (512, 2, 1)
     blocks = -(-size // block) * images
     chunk = len(steps) if path else min(max(len(steps) * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
     x = x.contiguous()
@@ -78,18 +81,15 @@ def fill(z: Tensor, x: Tensor, steps: np.ndarray, kind: str, draws: PhiloxDraws 
             z, x, x if noise is None else noise.contiguous(), _table(steps, draws, images, x.device),
             size, images, len(steps), chunk,
             GIVEN=noise is not None, SHARED=kind == "shared", PATH=path,
-            FLOW=bool((steps["signal"] != 1).any()), BLOCK=block,
+            FLOW=bool((steps["signal"] != 1).any()), BLOCK=block, UNROLL=unroll,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 def _table(steps: np.ndarray, draws: PhiloxDraws | None, images: int, device: torch.device) -> Tensor:
-    """Keys (two words an image), then steps (four words each), on the device in one copy.
-
-    Page-locked memory, so that the copy does not wait for the device.
-    """
-    staged = torch.empty(2 * images + 4 * len(steps), dtype=torch.int32, pin_memory=True)
-    words = staged.numpy()
-    words[: 2 * images] = np.array(draws.seeds if draws else [0] * images, np.uint64).view(np.int32)
-    words[2 * images :] = steps.view(np.int32)
+    """Keys (two words an image), then steps (four words each), on the device in one copy."""
+    keys = np.array(draws.seeds if draws else [0] * images, np.uint64)
+    staged = torch.from_numpy(np.concatenate([keys.view(np.int32), steps.view(np.int32)]))
+    if staged.nbytes > STAGED_BYTES:
+        staged = staged.pin_memory()
     return staged.to(device, non_blocking=True)

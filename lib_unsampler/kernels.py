@@ -94,7 +94,8 @@ def normal(element, draw, k0, k1):
 @triton.jit(do_not_specialize=["images", "levels", "chunk"])
 def unsample(
     z, x, noise, table, size, images, levels, chunk,
-    GIVEN: tl.constexpr, SHARED: tl.constexpr, PATH: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN: tl.constexpr, SHARED: tl.constexpr, PATH: tl.constexpr, FLOW: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     r"""``z[slot] = noise_scale * n + signal * base`` for every row of the table; see fused.fill.
 
@@ -116,7 +117,7 @@ def unsample(
         n = tl.load(noise + source, mask=inside, other=0.0)
     elif SHARED:
         n = normal(element.to(tl.uint32), tl.zeros((), tl.uint32), k0, k1)
-    for level in range(first, tl.minimum(first + chunk, levels)):
+    for level in tl.range(first, tl.minimum(first + chunk, levels), loop_unroll_factor=UNROLL):
         row = table + 2 * images + 4 * level
         if not SHARED:
             n = normal(element.to(tl.uint32), tl.load(row + 2).to(tl.uint32, bitcast=True), k0, k1)
@@ -127,6 +128,5 @@ def unsample(
         if PATH:
             base = state
         slot = tl.load(row + 3)
-        if slot >= 0:
-            target = z + (slot.to(tl.int64) * images + image) * size + element
-            tl.store(target, state.to(z.dtype.element_ty), mask=inside)
+        target = z + (slot.to(tl.int64) * images + image) * size + element
+        tl.store(target, state.to(z.dtype.element_ty), mask=inside & (slot >= 0))

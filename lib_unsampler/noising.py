@@ -152,19 +152,27 @@ def plan(levels: Levels, kind: str, prediction: str) -> np.ndarray:
     """
     if kind not in NOISE_KINDS:
         raise ValueError(f"noise: {kind!r} is not one of {', '.join(NOISE_KINDS)}")
-    indices = np.array(levels.visited if kind == "path" else levels.kept)
+    indices = _indices(levels.visited if kind == "path" else levels.kept)
     sigma = torch.from_numpy(levels.schedule.numpy()[indices])
     steps = np.empty(len(indices), STEP)
     if kind == "path":
         steps["signal"], steps["noise"] = diffusion(torch.cat([torch.zeros(1), sigma[:-1]]), sigma, prediction)
         slots = np.full(len(levels.schedule), -1)
-        slots[list(levels.kept)] = np.arange(len(levels.kept))
+        slots[_indices(levels.kept)] = np.arange(len(levels.kept))
         steps["slot"] = slots[indices]
     else:
         steps["signal"], steps["noise"] = signal_scale(sigma, prediction), sigma
         steps["slot"] = np.arange(len(indices))
     steps["draw"] = 0 if kind == "shared" else levels.draw_index(indices)
     return steps
+
+
+def _indices(descending: tuple[int, ...]) -> np.ndarray:
+    """Falling schedule indices as an array; 10,000 read one by one would take as long as the kernel."""
+    first, last = descending[0], descending[-1]
+    if first - last + 1 == len(descending):
+        return np.arange(first, last - 1, -1)
+    return np.array(descending)
 
 
 def _states(
