@@ -157,8 +157,12 @@ class Request:
         def sample_img2img(p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
             return self._start(own, p, x, noise, *rest, **more)
 
-        with host.attribute(p.sampler, "sample_img2img", sample_img2img):
-            samples = self._sample(*args, **kwargs)
+        try:
+            with host.attribute(p.sampler, "sample_img2img", sample_img2img):
+                samples = self._sample(*args, **kwargs)
+        except BaseException:
+            detach(p)
+            raise
         try:
             if self._batch is not None and self.error is None:
                 self._make(*self._batch)

@@ -1,0 +1,32 @@
+import os
+
+from PIL import PngImagePlugin
+
+
+def save_image(
+    image,
+    path,
+    basename,
+    seed=None,
+    prompt=None,
+    extension="png",
+    info=None,
+    short_filename=False,
+    no_prompt=False,
+    grid=False,
+    pnginfo_section_name="parameters",
+    p=None,
+    existing_info=None,
+    forced_filename=None,
+    suffix="",
+    save_to_dirs=None,
+):
+    os.makedirs(path, exist_ok=True)
+    number = len(os.listdir(path))
+    name = os.path.join(path, f"{number:05d}-{seed}{suffix}.{extension}")
+    text = PngImagePlugin.PngInfo()
+    if info is not None:
+        text.add_text(pnginfo_section_name, info)
+    image.save(name, pnginfo=text)
+    image.already_saved_as = name
+    return name, None

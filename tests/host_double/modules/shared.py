@@ -1,0 +1,33 @@
+from types import SimpleNamespace
+
+
+class State:
+    def __init__(self):
+        self.interrupted = self.skipped = self.stopping_generation = False
+        self.job_count, self.job_no = -1, 0
+        self.sampling_step = self.sampling_steps = 0
+        self.textinfo = None
+        self.previews = []
+
+    def nextjob(self):
+        self.job_no += 1
+        self.sampling_step = 0
+
+    def assign_current_image(self, image):
+        self.previews.append(image)
+
+
+state = State()
+opts = SimpleNamespace(
+    randn_source="CPU",
+    eta_noise_seed_delta=0,
+    img2img_fix_steps=False,
+    img2img_extra_noise=0.0,
+    samples_save=True,
+    samples_format="png",
+    save_incomplete_images=False,
+    live_previews_enable=True,
+    overlay_inpaint=True,
+    temp_dir="",
+)
+sd_model = None

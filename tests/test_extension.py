@@ -1,0 +1,449 @@
+"""One img2img request through the Script, in a double of the host: what comes out, what is left behind."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import importlib.util
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastapi import HTTPException
+from k_diffusion import sampling
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The double's modules, the Script loaded as the host loads it, and ``run`` for one request."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests/host_double"))
+    before = set(sys.modules)
+    script_module = load_script()
+    from modules import processing, scripts, sd_samplers, shared
+
+    script = script_module.BatchUnsampler()
+    runner = scripts.ScriptRunner(script)
+    shared.opts.temp_dir = str(tmp_path / "temporary")
+    model = processing.Model()
+    photo = Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB")
+
+    def make(args: tuple[Any, ...] = (), **fields: Any) -> Any:
+        fields = {"outpath_samples": str(tmp_path / "out"), **fields}
+        return processing.StableDiffusionProcessingImg2Img(
+            sd_model=model, init_images=[photo], scripts=runner, script_args=args, **fields
+        )
+
+    def run(settings: Any = None, **fields: Any) -> tuple[Any, Any]:
+        reset_state(shared.state)
+        p = make(() if settings is None else (settings,), **fields)
+        return p, processing.process_images(p)
+
+    torch_before = sampling.torch
+    yield SimpleNamespace(
+        **dict(run=run, make=make, runner=runner, shared=shared, processing=processing, script=script),
+        **dict(sd_samplers=sd_samplers, out=tmp_path / "out"),
+    )
+    sampling.torch = torch_before
+    ours = [m for m in sys.modules if m.split(".")[0] in ("modules", "lib_unsampler")]
+    for name in ours:
+        if name not in before or name.startswith("modules"):
+            del sys.modules[name]
+    for name in ("extension", "host", "ui"):
+        sys.modules.pop(f"lib_unsampler.{name}", None)
+
+
+def load_script() -> ModuleType:
+    """Executes scripts/batch_unsampler.py as the host does, from its file."""
+    spec = importlib.util.spec_from_file_location("batch_unsampler.py", ROOT / "scripts/batch_unsampler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def reset_state(state: Any) -> None:
+    state.__init__()
+
+
+def record_start(host: SimpleNamespace, seen: list[torch.Tensor]) -> Callable[[], None]:
+    """Has every sampler that is made note the x its function is really started with."""
+    original = host.sd_samplers.create_sampler
+
+    def create(name: str, model: Any) -> Any:
+        sampler = original(name, model)
+        function = sampler.func
+
+        def noted(model: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append(x.clone())
+            return function(model, x, *args, **kwargs)
+
+        noted.__wrapped__ = function
+        sampler.func = noted
+        return sampler
+
+    host.sd_samplers.create_sampler = create
+    return lambda: setattr(host.sd_samplers, "create_sampler", original)
+
+
+def latents_of(processed: Any) -> list[Any]:
+    from lib_unsampler import trajectory
+
+    return [trajectory.load(Path(f)) for f in processed.extra_generation_params["Unsampler latents"]]
+
+
+def pixels(processed: Any) -> list[bytes]:
+    return [image.tobytes() for image in processed.images]
+
+
+def test_frames_come_in_order_with_the_animation_first(host: SimpleNamespace) -> None:
+    p, processed = host.run({}, batch_size=2)
+    notes = processed.extra_generation_params["Unsampler images"]
+    assert [n["kind"] for n in notes] == ["animation"] * 2 + ["frame"] * 18
+    assert len(processed.images) == len(processed.infotexts) == len(notes)
+    frames = notes[2:]
+    assert [n["image"] for n in frames] == [0, 1] * 9
+    assert [n["step"] for n in frames[::2]] == [None, 7, 6, 5, 4, 3, 2, 1, 0]
+    sigmas = [n["sigma"] for n in frames[::2]]
+    assert sigmas == sorted(sigmas) and sigmas[0] == 0
+    expected = sampling.get_sigmas_karras(8, 0.0291675, 14.614642)[:-1].flip(0)
+    assert torch.equal(torch.tensor(sigmas[1:]), expected)
+    assert host.runner.swallowed == []
+
+
+def test_frames_show_the_noise_that_img2img_would_use(host: SimpleNamespace) -> None:
+    p, processed = host.run({"output": ["frames"]})
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    for picture, note in zip(processed.images, processed.extra_generation_params["Unsampler images"]):
+        sigma = note["sigma"]
+        z = (p.init_latent + noise * sigma) / (1 + sigma**2) ** 0.5
+        decoded = host.processing.decode_latent_batch(None, z)[0]
+        expected = ((decoded.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0)
+        shown = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(64, 64, 3).float()
+        assert (shown - expected).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a", "Heun", "DPM++ 2M", "DPM++ 2S a", "DPM fast", "LMS"])
+def test_init_with_shared_noise_is_plain_img2img(host: SimpleNamespace, sampler: str) -> None:
+    plain = host.run(sampler_name=sampler)[0].latest_samples
+    ours, processed = host.run({"output": ["init", "frames", "latents"]}, sampler_name=sampler)
+    assert torch.equal(ours.latest_samples, plain)
+    assert len(processed.images) == len(latents_of(processed)[0].z) + 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"noise": "independent"},
+        {"noise": "path"},
+        {"normalize": True},
+        {"end_at_step": 1},
+        {"noise": "path", "end_at_step": 7, "step_increment": 3},
+    ],
+)
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {},
+        {"initial_noise_multiplier": 1.07, "subseed_strength": 0.3},
+        {"batch_size": 2, "n_iter": 2, "sampler_name": "Euler a"},
+    ],
+)
+def test_sampling_starts_from_the_saved_z_bit_for_bit(
+    host: SimpleNamespace, settings: dict[str, Any], request_fields: dict[str, Any]
+) -> None:
+    seen: list[torch.Tensor] = []
+    restore = record_start(host, seen)
+    _, processed = host.run({"output": ["init", "latents"], **settings}, **request_fields)
+    restore()
+    saved = latents_of(processed)
+    assert len(saved) == len(seen) == request_fields.get("n_iter", 1)
+    for trajectory, x in zip(saved, seen):
+        assert torch.equal(trajectory.latent, x)
+
+
+def test_extra_noise_does_not_move_a_start_of_our_own(host: SimpleNamespace) -> None:
+    host.shared.opts.img2img_extra_noise = 0.5
+    seen: list[torch.Tensor] = []
+    restore = record_start(host, seen)
+    _, processed = host.run({"output": ["init", "latents"], "noise": "independent"})
+    restore()
+    host.shared.opts.img2img_extra_noise = 0.0
+    assert torch.equal(latents_of(processed)[0].latent, seen[0])
+
+
+@pytest.mark.parametrize("fix_steps", [False, True])
+@pytest.mark.parametrize("end", [0, 3, 6])
+def test_end_at_step_overrides_the_strength_for_this_run_only(
+    host: SimpleNamespace, end: int, fix_steps: bool
+) -> None:
+    host.shared.opts.img2img_fix_steps = fix_steps
+    p, processed = host.run({"output": ["init", "latents"], "end_at_step": end})
+    host.shared.opts.img2img_fix_steps = False
+    assert p.denoising_strength == 0.6
+    saved = latents_of(processed)[0]
+    assert saved.start == end
+    assert saved.sigmas[-1] == saved.schedule[end]
+    own_start = 13 - 8 if fix_steps else 8 - int(0.6 * 8) - 1
+    assert any("overrides the denoising strength" in c for c in p.comments) == (end != own_start)
+
+
+def test_levels_of_init_are_img2img_s_own(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["init", "latents"]}, denoising_strength=0.5)
+    saved = latents_of(processed)[0]
+    assert (saved.start, len(saved.z), len(saved.schedule)) == (3, 5, 9)
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent", "path"])
+def test_a_batch_is_its_single_runs(host: SimpleNamespace, noise: str) -> None:
+    settings = {"output": ["latents"], "noise": noise}
+    _, batch = host.run(settings, batch_size=2, n_iter=2, subseed_strength=0.2)
+    together = torch.cat([t.z for t in latents_of(batch)], 1)
+    for i in range(4):
+        _, single = host.run(settings, seed=5 + i, subseed=9 + i, subseed_strength=0.2)
+        assert torch.equal(latents_of(single)[0].z[:, 0], together[:, i])
+
+
+def test_draws_continue_the_seed_s_stream_with_ensd_and_multiplier(host: SimpleNamespace) -> None:
+    host.shared.opts.eta_noise_seed_delta = 31337
+    settings = {"output": ["latents"], "noise": "independent"}
+    p, processed = host.run(settings, initial_noise_multiplier=1.07)
+    host.shared.opts.eta_noise_seed_delta = 0
+    saved = latents_of(processed)[0]
+    later = torch.Generator().manual_seed(5 + 31337)
+    first = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(5))
+    draws = [first, *(torch.randn((4, 8, 8), generator=later) for _ in range(7))]
+    for z, sigma, noise in zip(saved.z, saved.sigmas, draws):
+        assert torch.equal(z[0], saved.source[0] + noise * 1.07 * sigma)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": -3, "bogus": 1, "noise": "x"}, ["steps: -3", "bogus: unknown", "noise: 'x'"]),
+        ({"output": ["init"], "steps": 5}, ["steps: 5"]),
+        ({"output": []}, ["output: []"]),
+        ({"enabled": "yes"}, ["enabled: 'yes'"]),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(
+    host: SimpleNamespace, settings: dict[str, Any], named: list[str]
+) -> None:
+    with pytest.raises(Exception) as caught:
+        host.run(settings)
+    assert caught.value.status_code == 422
+    assert all(name in str(caught.value) for name in named)
+    assert not host.out.exists()
+
+
+def test_init_is_refused_by_name_where_there_are_no_sigmas(host: SimpleNamespace) -> None:
+    with pytest.raises(Exception, match="init needs.*'DDIM'") as caught:
+        host.run({"output": ["init"]}, sampler_name="DDIM")
+    assert caught.value.status_code == 422
+
+
+def test_timestep_samplers_show_their_own_noise_levels(host: SimpleNamespace) -> None:
+    p, processed = host.run({"output": ["frames"]}, sampler_name="DDIM")
+    alpha = host.processing.Model().alphas_cumprod[torch.arange(0, 1000, 125) + 1].double()
+    expected = ((1 - alpha) / alpha).sqrt()
+    shown = processed.extra_generation_params["Unsampler sigmas"]
+    assert torch.allclose(torch.tensor(shown, dtype=torch.float64), expected, rtol=1e-6)
+    assert any("DDIM" in c for c in p.comments)
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "success": {"output": ["init", "frames", "animation", "latents"], "noise": "path", "end_at_step": 1},
+    "refused": {"noise": "pink"},
+    "broken decode": {"output": ["init", "frames"]},
+    "broken sampler": {"output": ["init"], "noise": "independent"},
+    "interrupt": {"output": ["init", "frames"], "noise": "independent"},
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_nothing_is_left_behind(host: SimpleNamespace, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, before = host.run(sampler_name="Euler a")
+    p = host.make((FAILURES[kind],), sampler_name="Euler a")
+    reset_state(host.shared.state)
+    attributes = set(vars(p))
+    with monkeypatch.context() as broken:
+        if kind == "broken decode":
+            broken.setattr(host.processing, "decode_latent_batch", raising(RuntimeError("no memory")))
+        if kind == "broken sampler":
+            broken.setattr(host.sd_samplers.sd_samplers_kdiffusion.KDiffusionSampler, "denoise", raising(KeyError("x")))
+        if kind == "interrupt":
+            host.shared.state.interrupted = False
+            broken.setattr(host.shared.state, "nextjob", lambda: setattr(host.shared.state, "interrupted", True))
+        expected = {"refused": HTTPException, "broken decode": RuntimeError, "broken sampler": KeyError}.get(kind)
+        with pytest.raises(expected) if expected else nullcontext():
+            host.processing.process_images(p)
+    assert not {"init", "sample", "save_samples", "batch_unsampler"} & set(vars(p))
+    if hasattr(p, "sampler"):
+        assert not {"sample_img2img", "get_sigmas"} & set(vars(p.sampler))
+        assert p.sampler.func is sampling.sample_euler_ancestral
+    assert set(vars(p)) - attributes <= set(vars(plain))
+    again, after = host.run(sampler_name="Euler a")
+    assert torch.equal(again.latest_samples, plain.latest_samples)
+    assert pixels(after) == pixels(before)
+    assert host.runner.swallowed == []
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_what_fails_while_decoding_is_raised_not_swallowed(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host.processing, "decode_latent_batch", raising(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        host.run({})
+
+
+def test_global_generators_are_left_as_found(host: SimpleNamespace) -> None:
+    from lib_unsampler import host as adapter
+    from modules import rng
+
+    p = host.make()
+    p.seeds, p.subseeds = [5], [9]
+    torch.manual_seed(77)
+    rng.nv_rng = marker = object()
+    state = torch.get_rng_state()
+    draws = adapter.HostDraws(p, torch.zeros(1, 4, 8, 8))
+    draws(0), draws(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rng.nv_rng is marker
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent", "path"])
+def test_the_sampler_s_own_draws_are_not_consumed(host: SimpleNamespace, noise: str) -> None:
+    plain = host.run(sampler_name="Euler a")[0]
+    ours = host.run({"output": ["init", "frames"], "noise": noise}, sampler_name="Euler a")[0]
+    states = [p.rng.generators[0].get_state() for p in (plain, ours)]
+    assert torch.equal(*states)
+    assert torch.equal(ours.latest_samples, plain.latest_samples) == (noise == "shared")
+
+
+def test_interrupt_keeps_what_was_done(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = host.shared.state
+
+    def interrupt_after_three(image: Image.Image) -> None:
+        state.previews.append(image)
+        state.interrupted = len(state.previews) >= 3
+
+    monkeypatch.setattr(state, "assign_current_image", interrupt_after_three, raising=False)
+    p = host.make(({},), is_api=True)
+    processed = host.processing.process_images(p)
+    kinds = [n["kind"] for n in processed.extra_generation_params["Unsampler images"]]
+    assert kinds == ["animation"] + ["frame"] * 3
+    assert Image.open(io.BytesIO(base64.b64decode(processed.images[0]))).n_frames == 3
+    assert not host.out.exists()  # the host's setting: incomplete images are not saved
+
+
+def test_files_are_the_host_s_and_carry_the_parameters(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["frames", "animation", "contact sheet", "latents"], "reverse": True})
+    names = sorted(path.name for path in host.out.iterdir())
+    assert [Path(n).suffix for n in names].count(".png") == 10
+    assert [Path(n).suffix for n in names].count(".gif") == 1
+    assert [Path(n).suffix for n in names].count(".safetensors") == 1
+    frame = next(path for path in host.out.iterdir() if "-z003" in path.name)
+    text = Image.open(frame).info["parameters"]
+    assert "Unsampler frame step: 5" in text and "Unsampler reverse: True" in text
+    gif = Image.open(next(host.out.glob("*.gif")))
+    assert "Unsampler version" in gif.info["comment"].decode() and gif.n_frames == 9
+    assert Path(processed.images[0].already_saved_as).suffix == ".gif"
+
+
+def test_nothing_is_saved_that_the_request_does_not_save(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["frames", "animation"]}, do_not_save_samples=True)
+    assert not host.out.exists()
+    shown = Path(processed.images[0].already_saved_as)
+    assert shown.suffix == ".gif" and Image.open(shown).n_frames == 9
+
+
+def test_the_api_gets_the_animation_as_base64(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["animation"], "duration": 0.25, "include_clean": False}, is_api=True)
+    gif = Image.open(io.BytesIO(base64.b64decode(processed.images[0])))
+    assert (gif.n_frames, gif.info["duration"]) == (8, 250)
+
+
+def test_progress_counts_frames_and_shows_them(host: SimpleNamespace) -> None:
+    host.run({"output": ["init", "frames"]})
+    state = host.shared.state
+    assert state.job_no == state.job_count == 2
+    assert len(state.previews) == 6 and state.textinfo is None
+
+
+def test_masked_frames_keep_the_source_outside(host: SimpleNamespace) -> None:
+    mask = torch.zeros(4, 8, 8)
+    mask[..., 4:] = 1
+    overlay = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    settings = {"output": ["frames", "latents"]}
+    p, processed = host.run(settings, nmask=mask, mask=1 - mask, overlay_images=[overlay])
+    saved = latents_of(processed)[0]
+    assert torch.equal(saved.z[..., :4], saved.source[None, ..., :4].expand(8, -1, -1, -1, -1))
+    assert not torch.equal(saved.latent[..., :4], saved.source[..., :4])
+    left = [image.crop((0, 0, 32, 64)).tobytes() for image in processed.images]
+    assert len(set(left)) == 1
+
+
+def test_loops_and_cells_reuse_a_request(host: SimpleNamespace) -> None:
+    p = host.make(({"output": ["frames"]},))
+    first = host.processing.process_images(p)
+    again = host.processing.process_images(p)
+    cell = copy.copy(p)
+    third = host.processing.process_images(cell)
+    assert pixels(first) == pixels(again) == pixels(third)
+
+
+def test_unticked_or_positional(host: SimpleNamespace) -> None:
+    plain = host.run()[1]
+    p = host.make((False, ["frames"], "nonsense"))
+    assert pixels(host.processing.process_images(p)) == pixels(plain)
+    assert not any(key.startswith("Unsampler") for key in p.extra_generation_params)
+    p = host.make((True, ["frames"], 0, -1, 2))
+    assert len(host.processing.process_images(p).images) == 5
+
+
+def test_the_accordion_is_made_of_the_settings(host: SimpleNamespace) -> None:
+    import gradio as gr
+
+    from lib_unsampler.settings import Settings, parse_args, surface_fields
+
+    with gr.Blocks():
+        controls = host.script.ui(True)
+    known = surface_fields("host")
+    assert len(controls) == len(known) + 1
+    for control, f in zip(controls[1:], known):
+        assert control.elem_id == f"batch_unsampler_{f.name}"
+        assert control.label == f.metadata["label"] and control.info == f.metadata["help"]
+        assert getattr(control, "minimum", None) == f.metadata["minimum"]
+        assert getattr(control, "maximum", None) == f.metadata["maximum"]
+    assert len({control.elem_id for control in controls}) == len(controls)
+    values = [True, *(control.value for control in controls[1:])]
+    assert parse_args(values, "host") == (True, Settings())
+    assert {f.name for f in fields(Settings)} >= {f.name for f in known}
+
+
+def test_a_host_without_k_diffusion_gets_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests/host_double"))
+    monkeypatch.setitem(sys.modules, "modules.sd_samplers_kdiffusion", None)
+    module = load_script()
+    assert not hasattr(module, "BatchUnsampler")
+    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+    for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
+        monkeypatch.delitem(sys.modules, name)
