@@ -23,7 +23,7 @@ STEP = np.dtype([("signal", np.float32), ("noise", np.float32), ("draw", np.int3
 """One level of a walk: ``z = noise * draw(j) + signal * base``, kept at ``slot`` (-1: walked through)."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LEVELS_PER_PROGRAM = 32
+LEVELS_PER_PROGRAM = 64
 PROGRAMS = 4096
 """Enough for any GPU's multiprocessors; levels are split no finer than that takes."""
 
@@ -52,13 +52,15 @@ def _compiles(device: int, dtype: torch.dtype) -> bool:
     x = torch.zeros((1, 16), dtype=dtype, device=f"cuda:{device}")
     steps = np.array([(1.0, 1.0, 0, 0)], STEP)
     try:
-        fill(torch.empty_like(x)[None], x, steps, "independent", PhiloxDraws((0,), (16,)), None)
+        fill(torch.empty_like(x)[None], x, steps, "independent", False, PhiloxDraws((0,), (16,)), None)
     except Exception:  # whatever Triton raises, the torch path still works
         return False
     return True
 
 
-def fill(z: Tensor, x: Tensor, steps: np.ndarray, kind: str, draws: PhiloxDraws | None, noise: Tensor | None) -> None:
+def fill(
+    z: Tensor, x: Tensor, steps: np.ndarray, kind: str, flow: bool, draws: PhiloxDraws | None, noise: Tensor | None
+) -> None:
     """Writes every kept level of a walk into z with one kernel.
 
     Arguments:
@@ -66,22 +68,20 @@ def fill(z: Tensor, x: Tensor, steps: np.ndarray, kind: str, draws: PhiloxDraws 
         x: Clean latents with shape (B, C, [T,] H, W).
         steps: The levels, least noisy first, of dtype :data:`STEP`.
         kind: ``shared``, ``independent`` or ``path``.
+        flow: Whether ``signal`` can differ from 1.
         draws: The source of noise, or None if ``noise`` is given.
         noise: ``shared``'s noise with the shape of x, float32.
     """
-    images, size = len(x), x[0].numel()
-    path = kind == "path"
-    # A path cannot be split over programs: one element per thread, and levels unrolled to keep it busy.
-    block, warps, unroll = (128, 4, 4) if path else (512, 2, 1)
+    images, size, levels = x.shape[0], x.numel() // x.shape[0], len(steps)
+    # A path's levels cannot be split over programs: small blocks, and unrolling to keep them busy.
+    block, warps, unroll = (256, 8, 2) if kind == "path" else (512, 2, 1)
     blocks = -(-size // block) * images
-    chunk = len(steps) if path else min(max(len(steps) * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
+    chunk = levels if kind == "path" else min(max(levels * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
     x = x.contiguous()
-    with torch.cuda.device(x.device):
-        kernels.unsample[(blocks * -(-len(steps) // chunk),)](
+    with torch.cuda.device(x.device.index):
+        kernels.unsample[(blocks * -(-levels // chunk),)](
             z, x, x if noise is None else noise.contiguous(), _table(steps, draws, images, x.device),
-            size, images, len(steps), chunk,
-            GIVEN=noise is not None, SHARED=kind == "shared", PATH=path,
-            FLOW=bool((steps["signal"] != 1).any()), BLOCK=block, UNROLL=unroll,
+            size, images, levels, chunk, kind if noise is None else "given", flow, block, unroll,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 

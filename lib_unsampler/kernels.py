@@ -9,21 +9,12 @@ counter (draw, 0, element, 0) the first two rounds' four products each depend on
 alone (:math:`M_0 j`, :math:`M_1 c_2'`: scalars), and rounds 9 and 10 need only the parts that reach
 the first two output words (dead code). 15 of the 20 multiplications remain.
 
-Only fused.py imports this file, and only where Triton is installed. See philox.py for the formulas.
+Constants are written out, since Triton compares each global it reads at every launch; philox.py
+names them and has the formulas. Only fused.py imports this file, and only where Triton is installed.
 """
 
 import triton
 import triton.language as tl
-
-from . import philox
-
-M0 = tl.constexpr(philox.MULTIPLIERS[0])
-M1 = tl.constexpr(philox.MULTIPLIERS[1])
-W0 = tl.constexpr(philox.KEY_STEPS[0])
-W1 = tl.constexpr(philox.KEY_STEPS[1])
-TURN = tl.constexpr(philox.TURN)
-NEAR_ONE = tl.constexpr(0xFE000000)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -44,13 +35,13 @@ def _approximate(x, function: tl.constexpr):
 @triton.jit
 def philox_words(element, draw, k0, k1):
     """The first two words of philox.philox((draw, 0, element, 0), (k0, k1)), in uint32."""
-    w0 = tl.full((), W0, tl.uint32)
-    w1 = tl.full((), W1, tl.uint32)
+    w0 = tl.full((), 0x9E3779B9, tl.uint32)
+    w1 = tl.full((), 0xBB67AE85, tl.uint32)
     # Rounds 1 and 2, grouped so that what depends on the element alone stays apart from the draw.
-    high1, low1 = _multiply(element, M1)
-    high0, low0 = _multiply(draw, M0)
-    element_high, element_low = _multiply(high1 ^ k0, M0)
-    draw_high, draw_low = _multiply(high0 ^ k1, M1)
+    high1, low1 = _multiply(element, 0xCD9E8D57)
+    high0, low0 = _multiply(draw, 0xD2511F53)
+    element_high, element_low = _multiply(high1 ^ k0, 0xD2511F53)
+    draw_high, draw_low = _multiply(high0 ^ k1, 0xCD9E8D57)
     k0 += w0
     k1 += w1
     c0 = draw_high ^ (low1 ^ k0)
@@ -60,8 +51,8 @@ def philox_words(element, draw, k0, k1):
     for _ in tl.static_range(8):
         k0 += w0
         k1 += w1
-        high0, low0 = _multiply(c0, M0)
-        high1, low1 = _multiply(c2, M1)
+        high0, low0 = _multiply(c0, 0xD2511F53)
+        high1, low1 = _multiply(c2, 0xCD9E8D57)
         c0 = high1 ^ (c1 ^ k0)
         c1 = low1
         c2 = high0 ^ (c3 ^ k1)
@@ -77,10 +68,11 @@ def box_muller(x, y):
     the upper. Where u is above :math:`1 - 2^{-7}`, lg2 would lose the small logarithm, so
     :math:`-2 \ln(1 + q) = q (q - 2) + O(q^3)` stands in. y as signed turns v by whole periods only.
     """
+    turn: tl.constexpr = 1.462918119976564e-09
     q = tl.fma(x.to(tl.int32, bitcast=True).to(tl.float32), 2.0**-32, 2.0**-33)
     u = tl.where(q < 0, q + 1.0, q)
-    square = tl.where(x >= NEAR_ONE, q * (q - 2.0), _approximate(u, "lg2") * (-2.0 * LN2))
-    v = tl.fma(y.to(tl.int32, bitcast=True).to(tl.float32), TURN, TURN / 2)
+    square = tl.where(x >= 0xFE000000, q * (q - 2.0), _approximate(u, "lg2") * -1.3862943611198906)
+    v = tl.fma(y.to(tl.int32, bitcast=True).to(tl.float32), turn, turn / 2)
     return _approximate(square, "sqrt") * _approximate(v, "sin")
 
 
@@ -94,13 +86,12 @@ def normal(element, draw, k0, k1):
 @triton.jit(do_not_specialize=["images", "levels", "chunk"])
 def unsample(
     z, x, noise, table, size, images, levels, chunk,
-    GIVEN: tl.constexpr, SHARED: tl.constexpr, PATH: tl.constexpr, FLOW: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    KIND: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     r"""``z[slot] = noise_scale * n + signal * base`` for every row of the table; see fused.fill.
 
     Each product and the sum are rounded to float32 (launch with ``enable_fp_fusion=False``). base is
-    x, or with PATH the row before. Rows with slot -1 are walked through, not written.
+    x, or on a path the row before; signal is 1 unless FLOW. Rows with slot -1 are walked through, not written.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
@@ -113,19 +104,19 @@ def unsample(
     source = image.to(tl.int64) * size + element
     base = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     n = base
-    if GIVEN:
+    if KIND == "given":
         n = tl.load(noise + source, mask=inside, other=0.0)
-    elif SHARED:
+    if KIND == "shared":
         n = normal(element.to(tl.uint32), tl.zeros((), tl.uint32), k0, k1)
     for level in tl.range(first, tl.minimum(first + chunk, levels), loop_unroll_factor=UNROLL):
         row = table + 2 * images + 4 * level
-        if not SHARED:
+        if KIND == "independent" or KIND == "path":
             n = normal(element.to(tl.uint32), tl.load(row + 2).to(tl.uint32, bitcast=True), k0, k1)
         state = base
         if FLOW:
             state = tl.load(row).to(tl.float32, bitcast=True) * base
         state += tl.load(row + 1).to(tl.float32, bitcast=True) * n
-        if PATH:
+        if KIND == "path":
             base = state
         slot = tl.load(row + 3)
         target = z + (slot.to(tl.int64) * images + image) * size + element

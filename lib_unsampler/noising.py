@@ -156,12 +156,13 @@ def plan(levels: Levels, kind: str, prediction: str) -> np.ndarray:
     sigma = torch.from_numpy(levels.schedule.numpy()[indices])
     steps = np.empty(len(indices), STEP)
     if kind == "path":
-        steps["signal"], steps["noise"] = diffusion(torch.cat([torch.zeros(1), sigma[:-1]]), sigma, prediction)
+        before = torch.cat([torch.zeros(1), sigma[:-1]])
+        steps["signal"], steps["noise"] = (factor.numpy() for factor in diffusion(before, sigma, prediction))
         slots = np.full(len(levels.schedule), -1)
         slots[_indices(levels.kept)] = np.arange(len(levels.kept))
         steps["slot"] = slots[indices]
     else:
-        steps["signal"], steps["noise"] = signal_scale(sigma, prediction), sigma
+        steps["signal"], steps["noise"] = signal_scale(sigma, prediction).numpy(), sigma.numpy()
         steps["slot"] = np.arange(len(indices))
     steps["draw"] = 0 if kind == "shared" else levels.draw_index(indices)
     return steps
@@ -213,10 +214,10 @@ def unsample(
     z = torch.empty((len(levels.kept), *x.shape), dtype=x.dtype, device=x.device)
     if runs_fused(x, draw, kind, normalize):
         if isinstance(draw, PhiloxDraws) and not normalize:
-            fused.fill(z, x, steps, kind, draw, None)
+            draws, noise = draw, None
         else:
-            noise = normalize_noise(draw(0)) if normalize else draw(0).float()
-            fused.fill(z, x, steps, kind, None, noise.expand_as(x))
+            draws, noise = None, (normalize_noise(draw(0)) if normalize else draw(0).float()).expand_as(x)
+        fused.fill(z, x, steps, kind, prediction == "flow", draws, noise)
     elif z.dtype == torch.float32 and not (kind == "path" and normalize):
         deque(_states(x, steps, draw, kind, normalize, into=z), maxlen=0)
     else:
