@@ -49,7 +49,14 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def prediction_type(model: Any) -> str:
-    """``eps``, ``v`` or ``flow`` of the loaded model."""
+    """``eps``, ``v`` or ``flow`` of the loaded model.
+
+    Forge's predictor names it; in A1111 only SD3 noises its latents itself, and it is a flow model.
+    """
+    forge = getattr(model, "forge_objects", None)
+    if forge is not None:
+        kind = forge.unet.model.predictor.prediction_type
+        return {"const": "flow", "v_prediction": "v"}.get(kind, "eps")
     if hasattr(model, "add_noise_to_latent"):
         return "flow"
     return "v" if getattr(model, "parameterization", "eps") == "v" else "eps"

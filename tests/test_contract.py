@@ -1,6 +1,6 @@
 """What the double and the extension take for granted of the host, held to a real checkout's source.
 
-Name one with ``A1111_DIR``; without it the module is skipped.
+Name checkouts with ``A1111_DIR`` and ``FORGE_DIR``; what is not named is skipped.
 """
 
 from __future__ import annotations
@@ -10,10 +10,22 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+from lib_unsampler.noising import unsample
+from lib_unsampler.schedule import levels
 
 DOUBLE = Path(__file__).resolve().parent / "host_double/modules"
-HOST = os.environ.get("A1111_DIR")
-pytestmark = pytest.mark.skipif(not HOST, reason="A1111_DIR names no checkout of the WebUI")
+
+
+@pytest.fixture(params=["A1111_DIR", "FORGE_DIR"])
+def host(request: pytest.FixtureRequest) -> Path:
+    """A named checkout's ``modules``."""
+    folder = os.environ.get(request.param)
+    if not folder:
+        pytest.skip(f"{request.param} names no checkout of the WebUI")
+    return Path(folder) / "modules"
+
 
 SAME_SIGNATURE = {
     "images.py": ["save_image"],
@@ -41,9 +53,15 @@ DOUBLE_OF = {
     "StableDiffusionProcessing.": "StableDiffusionProcessingImg2Img.",
 }
 
+OWN_FACTS = {
+    "xi = x + noise * sigma_sched[0]": "sd_samplers_kdiffusion.py",
+    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)":
+        "sd_samplers_kdiffusion.py",
+}
+"""The start state: each host says one of these."""
+
 FACTS = {
     "sd_samplers_kdiffusion.py": [
-        "xi = x + noise * sigma_sched[0]",
         "sigma_sched = sigmas[steps - t_enc - 1:]",
         "parameters = inspect.signature(self.func).parameters",
         "xi += noise * opts.img2img_extra_noise",
@@ -52,8 +70,7 @@ FACTS = {
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
         "save_samples = p.save_samples()",
-        "p.rng = rng.ImageRNG((latent_channels, p.height // opt_f, p.width // opt_f), p.seeds, "
-        "subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
+        "p.height // opt_f, p.width // opt_f), p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
         "seed_resize_from_w=p.seed_resize_from_w)",
         "x = self.rng.next()",
         "x *= self.initial_noise_multiplier",
@@ -63,7 +80,7 @@ FACTS = {
     ],
     "rng.py": ["self.generators = [create_generator(seed + eta_noise_seed_delta) for seed in self.seeds]"],
     "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image):", "textinfo = None"],
-    "ui_components.py": ["class InputAccordion(gr.Checkbox):", "\"elem_id\": f\"{self.accordion_id}-checkbox\","],
+    "ui_components.py": ["\"elem_id\": f\"{self.accordion_id}-checkbox\","],
     "ui_tempdir.py": ["already_saved_as = getattr(pil_image, 'already_saved_as', None)"],
     "api/api.py": ["if isinstance(image, str):", "status_code=vars(e).get('status_code', 500)"],
 }
@@ -87,36 +104,64 @@ def parameters(function: ast.FunctionDef) -> list[str]:
     return [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
 
 
-def source(name: str) -> str:
-    return " ".join((Path(HOST) / "modules" / name).read_text(encoding="utf-8").split())
+def source(host: Path, name: str) -> str:
+    return " ".join((host / name).read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize(("file", "name"), [(f, n) for f, names in SAME_SIGNATURE.items() for n in names])
-def test_the_double_takes_what_the_host_takes(file: str, name: str) -> None:
+def test_the_double_takes_what_the_host_takes(host: Path, file: str, name: str) -> None:
     ours = functions(DOUBLE / DOUBLE_OF.get(file, file))
     own_name = name
     for theirs, double in DOUBLE_OF.items():
         own_name = own_name.replace(theirs, double) if name.startswith(theirs) else own_name
-    host = functions(Path(HOST) / "modules" / file)
-    assert parameters(ours[own_name]) == parameters(host[name])[: len(parameters(ours[own_name]))]
-    required = len(host[name].args.args) - len(host[name].args.defaults)
+    theirs = functions(host / file)[name]
+    assert parameters(ours[own_name]) == parameters(theirs)[: len(parameters(ours[own_name]))]
+    required = len(theirs.args.args) - len(theirs.args.defaults)
     assert len(parameters(ours[own_name])) >= required
 
 
 @pytest.mark.parametrize(("file", "line"), [(f, line) for f, lines in FACTS.items() for line in lines])
-def test_the_host_still_says(file: str, line: str) -> None:
-    assert " ".join(line.split()) in source(file)
+def test_the_host_still_says(host: Path, file: str, line: str) -> None:
+    assert " ".join(line.split()) in source(host, file)
 
 
-def test_the_host_keeps_its_order() -> None:
-    text = source("processing.py")
+def test_the_host_makes_its_start_state_as_we_do(host: Path) -> None:
+    assert sum(" ".join(line.split()) in source(host, file) for line, file in OWN_FACTS.items()) == 1
+
+
+def test_the_host_keeps_its_order(host: Path) -> None:
+    text = source(host, "processing.py")
     text = text[text.index("def process_images_inner") :]
     places = [text.index(step) for step in ORDER]
     assert places == sorted(places)
 
 
-def test_hooks_swallow_exceptions() -> None:
-    text = source("scripts.py")
+def test_hooks_swallow_exceptions(host: Path) -> None:
+    text = source(host, "scripts.py")
     runner = text[text.index("class ScriptRunner") :]
     process = runner[runner.index("def process(self, p)") :][:400]
     assert "except Exception:" in process
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 16, 16, 16), (1, 16, 3, 8, 8)])
+def test_noising_is_forge_s_own_predictors(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
+    folder = os.environ.get("FORGE_DIR")
+    if not folder:
+        pytest.skip("FORGE_DIR names no checkout of Forge")
+    pytest.importorskip("diffusers", reason="Forge's predictors import diffusers: run this in Forge's environment")
+    monkeypatch.syspath_prepend(folder)
+    from backend.modules import k_prediction as kp
+
+    x, noise = torch.randn(shape), torch.randn(shape)
+    predictors = {
+        "eps": kp.Prediction(prediction_type="epsilon"),
+        "v": kp.Prediction(prediction_type="v_prediction"),
+        "flow": kp.PredictionDiscreteFlow(shift=3.0),
+        "flow, Flux": kp.PredictionFlux(),
+    }
+    for name, predictor in predictors.items():
+        for sigma in predictor.sigmas[[0, len(predictor.sigmas) // 2, -1]]:
+            theirs = predictor.noise_scaling(sigma, noise.clone(), x.clone())
+            plan = levels(torch.stack([sigma, sigma * 0]), 0)
+            assert torch.equal(unsample(x, plan, lambda j: noise, "shared", name.split(",")[0])[0], theirs), name
+            assert predictor.prediction_type == {"eps": "epsilon", "v": "v_prediction"}.get(name, "const")
