@@ -66,7 +66,7 @@ def box_muller(x, y):
 
     Read as signed, x gives :math:`q = u` in the lower half and :math:`q = u - 1`, exact near 0, in
     the upper. Where u is above :math:`1 - 2^{-7}`, lg2 would lose the small logarithm, so
-    :math:`-2 \ln(1 + q) = q (q - 2) + O(q^3)` stands in. y as signed turns v by whole periods only.
+    :math:`-2 \ln(1 + q) = q (q - 2) + O(q^3)` stands in. y as signed turns v by a whole period, give or take 2e-7.
     """
     turn: tl.constexpr = 1.462918119976564e-09
     q = tl.fma(x.to(tl.int32, bitcast=True).to(tl.float32), 2.0**-32, 2.0**-33)
@@ -83,15 +83,15 @@ def normal(element, draw, k0, k1):
     return box_muller(x, y)
 
 
-@triton.jit(do_not_specialize=["images", "levels", "chunk"])
+@triton.jit(do_not_specialize=["images", "levels", "chunk", "clean", "least", "stride"])
 def unsample(
-    z, x, noise, table, size, images, levels, chunk,
-    KIND: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+    z, x, noise, table, size, images, levels, chunk, clean, least, stride,
+    KIND: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    r"""``z[slot] = noise_scale * n + signal * base`` for every row of the table; see fused.fill.
+    r"""``z[slot] = scale * n + signal * base`` for every level of the walk; see fused.fill.
 
     Each product and the sum are rounded to float32 (launch with ``enable_fp_fusion=False``). base is
-    x, or on a path the row before; signal is 1 unless FLOW. Rows with slot -1 are walked through, not written.
+    x, or on a path the level before, where levels between the kept ones are walked, not written.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
@@ -101,6 +101,7 @@ def unsample(
     inside = element < size
     k0 = tl.load(table + 2 * image).to(tl.uint32, bitcast=True)
     k1 = tl.load(table + 2 * image + 1).to(tl.uint32, bitcast=True)
+    factors = table + 2 * images
     source = image.to(tl.int64) * size + element
     base = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     n = base
@@ -108,16 +109,31 @@ def unsample(
         n = tl.load(noise + source, mask=inside, other=0.0)
     if KIND == "shared":
         n = normal(element.to(tl.uint32), tl.zeros((), tl.uint32), k0, k1)
-    for level in tl.range(first, tl.minimum(first + chunk, levels), loop_unroll_factor=UNROLL):
-        row = table + 2 * images + 4 * level
+    slot = first
+    wait = clean - 1 - least  # levels of a path until the next one that is written
+    for level in range(first, tl.minimum(first + chunk, levels)):
+        written = inside
+        if KIND == "path":
+            draw = level
+            signal = tl.load(factors + 2 * level).to(tl.float32, bitcast=True)
+            scale = tl.load(factors + 2 * level + 1).to(tl.float32, bitcast=True)
+            written = inside & (wait == 0)
+        else:
+            index = least - level * stride
+            draw = clean - 1 - index
+            scale = tl.load(factors + index).to(tl.float32, bitcast=True)
+            signal = 1.0 - scale
         if KIND == "independent" or KIND == "path":
-            n = normal(element.to(tl.uint32), tl.load(row + 2).to(tl.uint32, bitcast=True), k0, k1)
+            n = normal(element.to(tl.uint32), draw.to(tl.uint32), k0, k1)
         state = base
         if FLOW:
-            state = tl.load(row).to(tl.float32, bitcast=True) * base
-        state += tl.load(row + 1).to(tl.float32, bitcast=True) * n
+            state = signal * base
+        state += scale * n
+        target = z + (slot.to(tl.int64) * images + image) * size + element
+        tl.store(target, state.to(z.dtype.element_ty), mask=written)
         if KIND == "path":
             base = state
-        slot = tl.load(row + 3)
-        target = z + (slot.to(tl.int64) * images + image) * size + element
-        tl.store(target, state.to(z.dtype.element_ty), mask=inside & (slot >= 0))
+            slot += (wait == 0).to(tl.int32)
+            wait = tl.where(wait == 0, stride, wait) - 1
+        else:
+            slot += 1

@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import fused
-from .fused import STEP
 from .philox import PhiloxDraws
 from .schedule import Levels
 
@@ -135,7 +133,8 @@ def walk(
         prediction: ``eps``, ``v`` or ``flow``.
         normalize: Whether each image's implied noise is brought to mean 0 and variance 1.
     """
-    states = _states(x, plan(levels, kind, prediction), draw, kind, normalize)
+    _check(kind, prediction)
+    states = _states(x, levels, draw, kind, prediction, normalize)
     for index, z in zip(levels.kept, states):
         sigma = levels.schedule[index]
         if kind == "path" and normalize and sigma > 0:
@@ -144,46 +143,46 @@ def walk(
         yield index, z
 
 
-def plan(levels: Levels, kind: str, prediction: str) -> np.ndarray:
-    r"""A walk as rows of :data:`fused.STEP`: ``z = noise * draw(j) + signal * base``.
+def _check(kind: str, prediction: str) -> None:
+    for name, value, known in (("noise", kind, NOISE_KINDS), ("prediction", prediction, PREDICTIONS)):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+
+
+def plan(levels: Levels, kind: str, prediction: str) -> list[tuple[float, float, int, int]]:
+    """A walk as rows (signal, scale, j, slot): ``z = scale * draw(j) + signal * base``.
 
     ``shared`` and ``independent``: a row for each kept level, base x, :func:`add_noise`'s factors.
-    ``path``: a row for each visited level, base the row before (x first), :func:`diffuse`'s factors.
+    ``path``: a row for each visited level, base the row before (x first), :func:`diffuse`'s factors;
+    slot is -1 where the level is not kept.
     """
-    if kind not in NOISE_KINDS:
-        raise ValueError(f"noise: {kind!r} is not one of {', '.join(NOISE_KINDS)}")
-    indices = _indices(levels.visited if kind == "path" else levels.kept)
-    sigma = torch.from_numpy(levels.schedule.numpy()[indices])
-    steps = np.empty(len(indices), STEP)
+    indices = levels.visited if kind == "path" else levels.kept
     if kind == "path":
-        before = torch.cat([torch.zeros(1), sigma[:-1]])
-        steps["signal"], steps["noise"] = (factor.numpy() for factor in diffusion(before, sigma, prediction))
-        slots = np.full(len(levels.schedule), -1)
-        slots[_indices(levels.kept)] = np.arange(len(levels.kept))
-        steps["slot"] = slots[indices]
+        signal, scale = path_factors(levels, prediction).T.tolist()
     else:
-        steps["signal"], steps["noise"] = signal_scale(sigma, prediction).numpy(), sigma.numpy()
-        steps["slot"] = np.arange(len(indices))
-    steps["draw"] = 0 if kind == "shared" else levels.draw_index(indices)
-    return steps
+        sigma = levels.sigmas
+        signal, scale = signal_scale(sigma, prediction).tolist(), sigma.tolist()
+    slots = {index: slot for slot, index in enumerate(levels.kept)}
+    draws = [0 if kind == "shared" else levels.draw_index(index) for index in indices]
+    return list(zip(signal, scale, draws, (slots.get(index, -1) for index in indices)))
 
 
-def _indices(descending: tuple[int, ...]) -> np.ndarray:
-    """Falling schedule indices as an array; 10,000 read one by one would take as long as the kernel."""
-    first, last = descending[0], descending[-1]
-    if first - last + 1 == len(descending):
-        return np.arange(first, last - 1, -1)
-    return np.array(descending)
+def path_factors(levels: Levels, prediction: str) -> Tensor:
+    """:func:`diffusion`'s factors of every visited level in float32, with shape (n - e, 2)."""
+    # The visited levels are consecutive: sliced, since 10,000 read one by one outlast the kernel.
+    sigma = levels.schedule[levels.visited[-1] : levels.visited[0] + 1].flip(0)
+    before = torch.cat([torch.zeros(1), sigma[:-1]])
+    return torch.stack(diffusion(before, sigma, prediction), 1).float()
 
 
 def _states(
-    x: Tensor, steps: np.ndarray, draw: Draw, kind: str, normalize: bool, into: Tensor | None = None
+    x: Tensor, levels: Levels, draw: Draw, kind: str, prediction: str, normalize: bool, into: Tensor | None = None
 ) -> Iterator[Tensor]:
     """The kept levels in float32, written into the slots of ``into`` if that is given."""
     prepare = normalize_noise if normalize and kind != "path" else torch.Tensor.float
     common = prepare(draw(0)) if kind == "shared" else None
     base = x.float()
-    for signal, scale, j, slot in steps.tolist():
+    for signal, scale, j, slot in plan(levels, kind, prediction):
         noise = prepare(draw(j)) if common is None else common
         out = None if into is None or slot < 0 else into[slot]
         z = torch.mul(noise.expand_as(base), scale, out=out)
@@ -210,28 +209,30 @@ def unsample(
         z with shape (L, B, C, [T,] H, W), least noisy first; ``z.flatten(0, 1)`` is the
         original node's ``latent_batch``.
     """
-    steps = plan(levels, kind, prediction)
+    _check(kind, prediction)
     z = torch.empty((len(levels.kept), *x.shape), dtype=x.dtype, device=x.device)
-    if runs_fused(x, draw, kind, normalize):
+    if runs_fused(x, levels, draw, kind, normalize):
         if isinstance(draw, PhiloxDraws) and not normalize:
             draws, noise = draw, None
         else:
             draws, noise = None, (normalize_noise(draw(0)) if normalize else draw(0).float()).expand_as(x)
-        fused.fill(z, x, steps, kind, prediction == "flow", draws, noise)
+        factors = path_factors(levels, prediction) if kind == "path" else levels.schedule
+        clean = len(levels.schedule) - 1
+        fused.fill(z, x, factors, clean, levels.kept, kind, prediction == "flow", draws, noise)
     elif z.dtype == torch.float32 and not (kind == "path" and normalize):
-        deque(_states(x, steps, draw, kind, normalize, into=z), maxlen=0)
+        deque(_states(x, levels, draw, kind, prediction, normalize, into=z), maxlen=0)
     else:
         for slot, (_, state) in zip(z, walk(x, levels, draw, kind, prediction, normalize)):
             slot.copy_(state)
     return z
 
 
-def runs_fused(x: Tensor, draw: Draw, kind: str, normalize: bool = False) -> bool:
+def runs_fused(x: Tensor, levels: Levels, draw: Draw, kind: str, normalize: bool = False) -> bool:
     """Whether :func:`unsample` writes this batch with the fused kernel: for benchmarks and tests."""
     philox = isinstance(draw, PhiloxDraws) and not normalize
     if philox and (len(draw.seeds), *draw.shape) != x.shape:
         raise ValueError(f"noise: draws of shape {(len(draw.seeds), *draw.shape)} for latents of {tuple(x.shape)}")
-    return fused.serves(x, philox, kind)
+    return fused.serves(x, levels.kept, philox, kind)
 
 
 def variance_preserving(z: Tensor, sigma: Tensor, prediction: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib_unsampler import fused
+from lib_unsampler.bench.__main__ import main as bench
 from lib_unsampler.noising import (
     NOISE_KINDS,
     Draw,
@@ -171,7 +173,7 @@ def test_draws_of_another_shape_are_refused(kind: str) -> None:
 
 def test_the_cpu_takes_the_torch_path() -> None:
     x = source(1, 4, 8, 8, device="cpu")
-    assert not any(runs_fused(x, PhiloxDraws((1,), (4, 8, 8)), kind) for kind in NOISE_KINDS)
+    assert not any(runs_fused(x, plan("eps"), PhiloxDraws((1,), (4, 8, 8)), kind) for kind in NOISE_KINDS)
 
 
 def tolerance(expected: Tensor, walked: Levels) -> Tensor:
@@ -188,7 +190,7 @@ def test_kernel_and_torch_agree(kind: str, prediction: str, dtype: torch.dtype, 
     x = source(*shape, device="cuda", dtype=dtype)
     draw = PhiloxDraws(SEEDS, shape[1:], "cuda")
     walked = plan(prediction, 75, increment=2)
-    assert runs_fused(x, draw, kind)
+    assert runs_fused(x, walked, draw, kind)
     found = unsample(x, walked, draw, kind, prediction)
     expected = formula(x, walked, draw, kind, prediction)
     # On a path the errors of up to 75 draws add up as variances do.
@@ -235,7 +237,7 @@ def test_the_kernels_words_and_transform_at_the_extremes() -> None:
 def test_nothing_waits_for_the_device(kind: str) -> None:
     x = source(1, 4, 64, 64, device="cuda")
     draw = PhiloxDraws((1,), x.shape[1:], "cuda")
-    assert runs_fused(x, draw, kind)
+    assert runs_fused(x, plan("eps", 500), draw, kind)
     torch.cuda.set_sync_debug_mode("error")
     try:
         unsample(x, plan("eps", 500), draw, kind, "eps")
@@ -265,6 +267,16 @@ def test_views_that_are_not_contiguous() -> None:
 
 
 @triton
+@kinds
+def test_uneven_levels_take_the_torch_path(kind: str) -> None:
+    x = source(2, 4, 8, 8, device="cuda")
+    draw = PhiloxDraws(SEEDS, x.shape[1:], "cuda")
+    uneven = replace(plan("eps"), kept=(11, 9, 8, 2))
+    assert not runs_fused(x, uneven, draw, kind)
+    assert torch.equal(unsample(x, uneven, draw, kind, "eps"), formula(x, uneven, draw, kind, "eps"))
+
+
+@triton
 def test_words_of_the_first_draw() -> None:
     """The kernel's x = 0, sigma = 1 batch follows philox() for keys and draws of all 32 bits."""
     key = 0x299F31D0A4093822
@@ -273,3 +285,21 @@ def test_words_of_the_first_draw() -> None:
     zero = torch.zeros(16, dtype=torch.int64)
     x, y, _, _ = philox((zero, zero, torch.arange(16), zero), (key & 0xFFFFFFFF, key >> 32))
     torch.testing.assert_close(found.cpu().flatten(), box_muller(x, y), rtol=0, atol=KERNEL_ERROR)
+
+
+def test_the_bench_names_the_code_path(capsys: pytest.CaptureFixture[str]) -> None:
+    bench(["noising", "--json", "--device", "cpu", "--frames", "2"])
+    report = json.loads(capsys.readouterr().out)
+    used = {record["path"] for record in report["records"] if record["method"].startswith("ours")}
+    assert used == {"torch"}
+    assert {record["shape"] for record in report["records"]} == {"SD1.5", "SDXL", "Flux"}
+    assert report["machine"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize("args", [["loudness"], [], ["noising", "--frames", "0"], ["noising", "--frames", "many"]])
+def test_a_mistaken_bench_exits_with_status_2(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench(args)
+    assert stop.value.code == 2
+    if args:
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -58,8 +58,10 @@ def make_case(shape: str, frames: int, device: str) -> Case:
 
 def original(case: Case) -> Tensor:
     """ComfyUI Iterative Mixer's BatchUnsampler: repeat, draw, multiply, add; unseeded."""
+    sigmas = case.sigmas.to(case.x.device).repeat_interleave(len(case.x))
     x = case.x.repeat(case.frames, 1, 1, 1)
-    return x + torch.randn_like(x) * case.sigmas.to(x.device).view(-1, 1, 1, 1)
+    noise = torch.randn_like(x)
+    return x + noise * sigmas.view(-1, 1, 1, 1)
 
 
 def in_place(case: Case) -> Tensor:
@@ -96,7 +98,7 @@ def code_path(case: Case, method: str) -> str | None:
         return None
     source = SeededDraws if "generator" in method else PhiloxDraws
     draw = source((SEED,), tuple(case.x.shape[1:]), case.x.device)
-    return "fused" if runs_fused(case.x, draw, method.split(", ")[1]) else "torch"
+    return "fused" if runs_fused(case.x, case.plan, draw, method.split(", ")[1]) else "torch"
 
 
 def synchronize(device: torch.device) -> None:
