@@ -18,7 +18,7 @@ from torch import Tensor
 from . import __version__, animation, host, render, trajectory
 from .noising import blend, walk
 from .schedule import Levels, levels
-from .settings import INFOTEXT_PREFIX, Settings, SettingsError, parse_args, surface_fields, to_infotext
+from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
 from .trajectory import Trajectory
 
 PATCHED = ("init", "sample", "save_samples")
@@ -124,7 +124,7 @@ class Request:
         p.do_not_save_grid = p.do_not_save_grid or not self.samples
         for name in PATCHED:
             _patch(p, name, getattr(self, f"on_{name}"))
-        p.extra_generation_params[INFOTEXT_PREFIX + "version"] = __version__
+        p.extra_generation_params[VERSION_KEY] = __version__
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
     def restore(self) -> None:

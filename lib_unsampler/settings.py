@@ -320,3 +320,17 @@ def from_infotext(params: Mapping[str, str], surface: str) -> Settings:
     keys = {infotext_key(f): f.name for f in surface_fields(surface)}
     return parse({keys[k]: v for k, v in params.items() if k in keys}, surface)
 
+
+VERSION_KEY = INFOTEXT_PREFIX + "version"
+"""Written into every image's parameters while the extension is enabled, whatever the settings."""
+
+
+def pasted(params: Mapping[str, str], surface: str) -> dict[str, Any] | None:
+    """Every field's value from pasted generation parameters; None if they are not ours or were edited wrong."""
+    if VERSION_KEY not in params:
+        return None
+    try:
+        settings = from_infotext(params, surface)
+    except SettingsError:
+        return None
+    return {f.name: getattr(settings, f.name) for f in surface_fields(surface)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 
-from .settings import OUTPUTS, surface_fields
+from .settings import OUTPUTS, pasted, surface_fields
 
 ELEM_ID = "batch_unsampler"
 GROUPS = (
@@ -49,3 +49,21 @@ def _control(f: Any) -> Any:
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
     whole = isinstance(f.default, int)
     return gr.Number(value=f.default, precision=0 if whole else None, step=1 if whole else 0.01, **bounds, **common)
+
+
+def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, str]], Any]]]:
+    """For the host's paste button: each control with how its value is read from generation parameters.
+
+    Parameters of a picture made without the extension untick it and leave the other controls alone.
+    """
+
+    def reader(f: Any) -> Callable[[Mapping[str, str]], Any]:
+        def read(params: Mapping[str, str]) -> Any:
+            value = (pasted(params, "host") or {}).get(f.name)
+            return list(value) if isinstance(value, tuple) else value
+
+        return read
+
+    enabled, *fields = controls
+    readers = [(control, reader(f)) for control, f in zip(fields, surface_fields("host"))]
+    return [(enabled, lambda params: pasted(params, "host") is not None), *readers]

@@ -21,7 +21,9 @@ else:
             return scripts.AlwaysVisible if is_img2img else False
 
         def ui(self, is_img2img):
-            return ui.build(InputAccordion, self.title())
+            controls = ui.build(InputAccordion, self.title())
+            self.infotext_fields = ui.paste_fields(controls)
+            return controls
 
         def process(self, p, *args):
             extension.attach(p, args)

@@ -437,6 +437,24 @@ def test_the_accordion_is_made_of_the_settings(host: SimpleNamespace) -> None:
     assert {f.name for f in fields(Settings)} >= {f.name for f in known}
 
 
+def test_pasted_parameters_set_every_control(host: SimpleNamespace) -> None:
+    import gradio as gr
+
+    with gr.Blocks():
+        controls = host.script.ui(True)
+    wanted = {"output": ["animation", "init"], "end_at_step": 3, "noise": "path", "normalize": True, "duration": 0.25}
+    p, processed = host.run({**wanted, "include_clean": False})
+    pairs = processed.infotexts[0].splitlines()[1].replace("animation, init", "animation; init").split(", ")
+    params = {k: v.replace(";", ",") for k, v in (pair.split(": ", 1) for pair in pairs)}
+    read = {control.elem_id: function(params) for control, function in host.script.infotext_fields}
+    assert read.pop("batch_unsampler-checkbox") is True
+    assert [c.elem_id for c, _ in host.script.infotext_fields] == [c.elem_id for c in controls]
+    for name, value in {**wanted, "include_clean": False, "steps": 0, "reverse": False}.items():
+        assert read[f"batch_unsampler_{name}"] == value
+    plain = {control.elem_id: function({"Steps": "8"}) for control, function in host.script.infotext_fields}
+    assert plain.pop("batch_unsampler-checkbox") is False and set(plain.values()) == {None}
+
+
 def test_a_host_without_k_diffusion_gets_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
