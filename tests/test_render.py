@@ -1,0 +1,95 @@
+"""Pictures of latents: exact pixels, the source untouched outside a mask, every frame on the sheet in order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from lib_unsampler.noising import blend
+from lib_unsampler.render import ACCENT, contact_sheet, sigma_curve, sigma_text, thumbnail, to_pictures, viewed
+
+COLOURS = [(200, 20, 10 * i) for i in range(13)]
+
+
+def regions(page: Image.Image, colour: tuple[int, int, int]) -> list[tuple[slice, slice]]:
+    """Bounding boxes of the connected patches of a colour."""
+    found = (np.asarray(page) == colour).all(-1)
+    return ndimage.find_objects(ndimage.label(found, np.ones((3, 3)))[0])
+
+
+def test_every_pixel_value_survives_latent_and_back() -> None:
+    pixels = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    one, two = to_pictures(pixels / 255 * 2 - 1)
+    assert (np.asarray(one)[..., 1] == np.arange(256).reshape(16, 16)).all()
+    assert one.tobytes() == two.tobytes() and one.mode == "RGB"
+
+
+def test_values_outside_the_range_clip_and_channels_keep_their_place() -> None:
+    (picture,) = to_pictures(torch.tensor([-9.0, 9.0, 0.01]).reshape(1, 3, 1, 1).half())
+    assert picture.getpixel((0, 0)) == (0, 255, 129)  # 1.01 * 127.5 = 128.8
+
+
+@pytest.mark.parametrize("view", ["variance preserving", "raw"])
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+def test_view_scales_the_noisy_part_alone(view: str, prediction: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, source = torch.randn(2, 1, 3, 6, 5, generator=generator)
+    mask, sigma = torch.linspace(0, 1, 5).expand(1, 1, 6, 5), torch.tensor(3.0)
+    scale = 10**0.5 if (view, prediction) == ("variance preserving", "eps") else 1.0
+    torch.testing.assert_close(viewed(z, source, None, sigma, prediction, view), z / scale)
+    shown = viewed(blend(z, source, mask), source, mask, sigma, prediction, view)
+    torch.testing.assert_close(shown, mask * z / scale + (1 - mask) * source, rtol=1e-5, atol=1e-6)
+    assert torch.equal(shown[..., 0], source[..., 0])  # where the mask is 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 13])
+@pytest.mark.parametrize("size", [(40, 30), (20, 150), (190, 9), (1, 1)], ids=str)
+def test_contact_sheet_holds_every_frame_whole_and_in_order(count: int, size: tuple[int, int]) -> None:
+    frames = [Image.new("RGB", size, c) for c in COLOURS[:count]]
+    page = contact_sheet(frames, [sigma_text(i) for i in range(count)])
+    corners = []
+    for colour in COLOURS[:count]:
+        (box,) = regions(page, colour)
+        assert (box[1].stop - box[1].start, box[0].stop - box[0].start) == size
+        corners.append((box[0].start, box[1].start))
+    assert corners == sorted(corners)  # read like a page
+
+
+def test_contact_sheet_writes_each_caption_below_its_frame() -> None:
+    frames = [Image.new("RGB", (96, 50), c) for c in COLOURS[:2]]
+    bare, captioned = contact_sheet(frames, ["", ""]), contact_sheet(frames, ["", "sigma 14.6"])
+    changed = np.argwhere((np.asarray(bare) != np.asarray(captioned)).any(-1))
+    (box,) = regions(bare, COLOURS[1])
+    assert len(changed) and changed[:, 0].min() >= box[0].stop and changed[:, 1].min() >= box[1].start
+
+
+def test_an_empty_sheet_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one frame"):
+        contact_sheet([], [])
+
+
+@pytest.mark.parametrize(("size", "small"), [((384, 192), (192, 96)), ((100, 50), (100, 50)), ((5000, 2), (192, 1))])
+def test_thumbnails_shrink_and_never_grow(size: tuple[int, int], small: tuple[int, int]) -> None:
+    assert thumbnail(Image.new("RGB", size)).size == small
+
+
+def test_sigma_curve_marks_each_kept_level_at_its_height() -> None:
+    schedule = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.0])
+    kept = (5, 2, 0)
+    boxes = sorted(regions(sigma_curve(schedule, kept), ACCENT), key=lambda b: b[1].start)
+    across = [(b[1].start + b[1].stop) / 2 for b in boxes]
+    down = [(b[0].start + b[0].stop) / 2 for b in boxes]
+    wide, high = np.polyfit([0, 2, 5], across, 1), np.polyfit(np.log10([10, 1, 0.03]), down, 1)
+    assert len(boxes) == len(kept) and wide[0] > 0 > high[0]  # later is right, noisier is up
+    np.testing.assert_allclose(np.polyval(wide, [0, 2, 5]), across, atol=1)  # straight in the step
+    np.testing.assert_allclose(np.polyval(high, np.log10([10, 1, 0.03])), down, atol=1)  # and in log sigma
+
+
+@pytest.mark.parametrize("schedule", [[1.0, 0.0], [2.0, 2.0, 0.0], [1.0], [160.0, 1e-3, 0.0, 0.0]], ids=str)
+def test_sigma_curve_of_odd_schedules(schedule: list[float]) -> None:
+    page = sigma_curve(torch.tensor(schedule), range(len(schedule)))
+    noisy = sum(s > 0 for s in schedule)
+    assert page.size == (720, 405) and len(regions(page, ACCENT)) == noisy
