@@ -5,7 +5,8 @@ Everything streams: a level is noised, shown, written and dropped, unless its la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def _write(
     kept: list[Tensor] = []
     small: list[tuple[Image.Image, str]] = []
 
-    def through() -> Iterator[Image.Image]:
+    def through() -> Generator[Image.Image, None, None]:
         for number, step in enumerate(tqdm(steps, "unsampling", total, unit="frame", disable=quiet)):
             if targets.frames:
                 name = f"{number:05d}_sigma_{step.sigma:.4f}.png"
@@ -227,14 +228,13 @@ def _write(
                 kept.append(step.z)
             yield step.picture
 
-    pictures: Iterable[Image.Image] = through()
-    if settings.reverse:
-        pictures = reversed(list(pictures))
-    if targets.animation:
-        animation.write_gif(targets.animation, pictures, [settings.duration] * total, text)
-    else:
-        for _ in pictures:
-            pass
+    with closing(through()) as forward:  # ends the progress bar before any message about what went wrong
+        pictures: Iterable[Image.Image] = reversed(list(forward)) if settings.reverse else forward
+        if targets.animation:
+            animation.write_gif(targets.animation, pictures, [settings.duration] * total, text)
+        else:
+            for _ in pictures:
+                pass
     if targets.sheet:
         animation.write_png(targets.sheet, render.contact_sheet(*zip(*small)), text)
     if targets.curve:

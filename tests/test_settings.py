@@ -78,7 +78,8 @@ def test_bounds_are_allowed_and_one_beyond_is_not(case: tuple[str, Any]) -> None
     low, high = f.metadata["minimum"], f.metadata["maximum"]
     for value in (low, high, str(low), str(high)):
         assert getattr(parse({f.name: value}, surface), f.name) == type(f.default)(value)
-    below, above = (low - 1, high + 1) if type(f.default) is int else (math.nextafter(low, -1), math.nextafter(high, 1e9))
+    whole = type(f.default) is int
+    below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -1), math.nextafter(high, 1e9))
     for value in (below, above, str(below), 10**400):
         assert_refused(f, surface, value)
 

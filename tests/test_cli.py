@@ -1,0 +1,477 @@
+"""The command line, end to end: what the files hold, what goes on from them, and one line for anything wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib_unsampler import trajectory
+from lib_unsampler.__main__ import main, make_parser
+from lib_unsampler.embedded import GaussianPrior, make_model
+from lib_unsampler.sampling import STOCHASTIC, get_sigmas
+from lib_unsampler.settings import SAMPLERS, allowed, surface_fields
+from lib_unsampler.standalone import load_mask, load_picture
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ("--steps", "4")
+Capture = pytest.CaptureFixture[str]
+
+
+def run(*arguments: object) -> None:
+    """A run that must succeed."""
+    assert main([str(a) for a in arguments]) == 0
+
+
+def refused(capsys: Capture, *arguments: object) -> str:
+    """A run that must end with status 2 and exactly one line on standard error."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2 and out == ""
+    assert err.startswith("unsampler: error: ") and err.endswith("\n") and err.count("\n") == 1 and "\r" not in err
+    return err.removeprefix("unsampler: error: ").rstrip("\n")
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB")))
+
+
+def gif_frames(path: Path) -> tuple[list[np.ndarray], list[int], str]:
+    frames, times = [], []
+    with Image.open(path) as gif:
+        comment = gif.info["comment"].decode()
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(np.asarray(gif.convert("RGB"), float))
+            times.append(gif.info["duration"])
+    return frames, times, comment
+
+
+@pytest.fixture
+def half_mask(tmp_path: Path) -> Path:
+    """A hard mask of the picture's size: the right half is unsampled."""
+    path = tmp_path / "mask.png"
+    mask = Image.new("L", (32, 24), 0)
+    mask.paste(255, (16, 0, 32, 24))
+    mask.save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, picture: Path) -> Path:
+    """A folder of two pictures and a text."""
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for name in ("b.png", "a.JPG"):
+        Image.open(picture).save(path / name)
+    (path / "notes.txt").write_text("no picture")
+    return path
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("options", [(), ("--reverse",), ("--no-include-clean", "--step-increment", "2")], ids=str)
+def test_the_gif_is_the_frames_in_order(options: tuple[str, ...], picture: Path, tmp_path: Path) -> None:
+    gif, frames = tmp_path / "out.gif", tmp_path / "frames"
+    run(picture, "-o", gif, "--frames", frames, "--duration", "0.25", "--view", "raw", *SHORT, *options)
+    stills = [pixels(p).double().numpy() for p in sorted(frames.iterdir())]
+    stills = stills[::-1] if "--reverse" in options else stills
+    moving, times, comment = gif_frames(gif)
+    assert len(moving) == len(stills) == (2 if "--no-include-clean" in options else 5)
+    assert times == [250] * len(moving)
+    distance = np.array([[np.abs(m - s).mean() for s in stills] for m in moving])
+    assert (distance.argmin(1) == np.arange(len(moving))).all()
+    assert comment.startswith("Batch Unsampler") and "steps: 4" in comment and "duration: 0.25" in comment
+
+
+def test_frames_are_the_view_of_each_level_named_by_sigma(picture: Path, tmp_path: Path) -> None:
+    """z = x + s n with the seed's own draw, divided by sqrt(1 + s^2): written here from the definition."""
+    run(picture, "--frames", tmp_path / "f", "--seed", "12", *SHORT)
+    x = load_picture(picture, 512)
+    n = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(12))
+    sigmas = get_sigmas("karras", 4, "eps").flip(0)
+    files = sorted((tmp_path / "f").iterdir())
+    assert [p.name for p in files] == [f"{i:05d}_sigma_{s:.4f}.png" for i, s in enumerate(sigmas)]
+    for path, s in zip(files, sigmas.double()):
+        z = (x.double() + s * n.double()) / (1 + s**2).sqrt()
+        truth = ((z.clamp(-1, 1) + 1) * 127.5)[0].permute(1, 2, 0)
+        assert (pixels(path) - truth).abs().max() < 0.51
+        with Image.open(path) as frame:
+            assert "steps: 4" in frame.info["parameters"] and "seed: 12" in frame.info["parameters"]
+    assert torch.equal(pixels(files[0]), pixels(picture))
+
+
+@pytest.mark.parametrize("options", [(), ("--end-at-step", "2"), ("--end-at-step", "99"), ("--step-increment", "3")])
+def test_latents_hold_the_levels_and_never_the_clean_one(
+    options: tuple[str, ...], picture: Path, tmp_path: Path
+) -> None:
+    run(picture, "--latents", tmp_path / "t.safetensors", "--steps", 8, *options)
+    saved, schedule = trajectory.load(tmp_path / "t.safetensors"), get_sigmas("karras", 8, "eps")
+    end, increment = {(): (0, 1), "2": (2, 1), "99": (7, 1), "3": (0, 3)}[options and options[1]]
+    kept = list(range(end, 8, increment))[::-1]
+    assert saved.start == end and saved.sigmas.tolist() == schedule[kept].tolist()
+    x = load_picture(picture, 512)
+    n = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+    assert torch.equal(saved.source, x)
+    assert torch.equal(saved.z, torch.stack([x + n * s for s in saved.sigmas]))
+    assert saved.settings["steps"] == 8 and saved.seeds == (0,) and saved.info["model"] == "gaussian"
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+def test_outside_the_mask_everything_is_the_source(soft: bool, picture: Path, half_mask: Path, tmp_path: Path) -> None:
+    if soft:
+        ramp = np.clip(np.linspace(-100, 355, 32), 0, 255).astype(np.uint8)
+        Image.fromarray(np.tile(ramp, (24, 1))).save(half_mask)
+    run(picture, "--mask", half_mask, "--frames", tmp_path / "f", "--latents", tmp_path / "t.safetensors", *SHORT)
+    run(picture, "--frames", tmp_path / "whole", *SHORT)
+    saved, m = trajectory.load(tmp_path / "t.safetensors"), load_mask(half_mask, 24, 32)
+    n = torch.randn(saved.source.shape[1:], generator=torch.Generator().manual_seed(0))
+    whole = torch.stack([saved.source + n * s for s in saved.sigmas])
+    torch.testing.assert_close(saved.z, m * whole + (1 - m) * saved.source)
+    out, inside = (m[0, 0] == 0), (m[0, 0] == 1)
+    assert out.any() and inside.any()
+    assert torch.equal(saved.z[..., out], saved.source.expand_as(saved.z)[..., out])
+    assert torch.equal(saved.latent, whole[-1])  # a model must not see a clean border
+    for one, other in zip(sorted((tmp_path / "f").iterdir()), sorted((tmp_path / "whole").iterdir())):
+        assert torch.equal(pixels(one)[out], pixels(picture)[out])
+        assert torch.equal(pixels(one)[inside], pixels(other)[inside])
+
+
+def test_sheet_and_curve_are_written(picture: Path, tmp_path: Path) -> None:
+    run(picture, "--sheet", tmp_path / "s.png", "--curve", tmp_path / "deep" / "c.PNG", *SHORT)
+    assert pixels(tmp_path / "s.png").unique(dim=0).shape[0] > 24 and pixels(tmp_path / "deep" / "c.PNG").ndim == 3
+
+
+def test_without_an_animation_nothing_but_the_named_is_written(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    run(picture, "--sheet", tmp_path / "s.png", *SHORT)
+    assert {p.name for p in tmp_path.iterdir()} == {"picture.png", "s.png"}
+    assert capsys.readouterr().out == f"{tmp_path / 's.png'}\n"
+
+
+# Going on
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--noise", "independent", "--sampler", "dpmpp_2m"),
+        ("--noise", "path", "--normalize", "--sampler", "dpmpp_2m_sde", "--end-at-step", "3", "--seed", "9"),
+        ("--model", "gaussian-flow", "--sampler", "heun", "--positive", "sea", "--cfg", "2", "--step-increment", "3"),
+        ("--model", "mixture", "--sampler", "euler_ancestral", "--scheduler", "vp"),
+    ],
+    ids=lambda o: "_".join(o)[2:30],
+)
+def test_resuming_is_going_on_bit_for_bit(
+    options: tuple[str, ...], masked: bool, picture: Path, half_mask: Path, tmp_path: Path
+) -> None:
+    mask = ("--mask", half_mask) if masked else ()
+    there, saved, back = tmp_path / "there.png", tmp_path / "t.safetensors", tmp_path / "back.png"
+    run(picture, "--resample", there, "--frames", tmp_path / "one", "--steps", 6, *mask, *options)
+    run(picture, "--latents", saved, "--steps", 6, *mask, *options)
+    run("--resume", saved, "--resample", back, "--frames", tmp_path / "two")
+    assert there.read_bytes() == back.read_bytes()
+    names = sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "two").iterdir())
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
+
+
+@pytest.mark.parametrize("model", ["gaussian", "gaussian-flow"])
+def test_resampling_follows_the_closed_form_ode(model: str, picture: Path, tmp_path: Path) -> None:
+    """Exactly down to the last sigma, then the sampler's last step, D; to less than one pixel value."""
+    there, back = tmp_path / "t.safetensors", tmp_path / "r.png"
+    run(picture, "--latents", there, "--steps", 150, "--end-at-step", 60, "--model", model)
+    run("--resume", there, "--resample", back, "--sampler", "heun", "--positive", "sea")
+    saved, prior = trajectory.load(there), make_model(model, "sea", 24, 32)
+    assert isinstance(prior, GaussianPrior)
+    low = saved.schedule[-2]
+    exact = prior(prior.solve(saved.latent, saved.sigmas[-1], low), low.reshape(1))
+    truth = ((exact.clamp(-1, 1) + 1) * 127.5)[0].permute(1, 2, 0)
+    assert (pixels(back) - truth).abs().max() < 1
+
+
+def test_a_prompt_changes_what_comes_back(picture: Path, tmp_path: Path) -> None:
+    run(picture, "--latents", tmp_path / "t.safetensors", *SHORT)
+    means, strong = {}, ("sea", "--negative", "night", "--cfg", "3")
+    for name, options in {"sea": ("sea",), "night": ("night",), "strong": strong}.items():
+        run("--resume", tmp_path / "t.safetensors", "--resample", tmp_path / f"{name}.png", "--positive", *options)
+        means[name] = pixels(tmp_path / f"{name}.png").double().mean()
+    assert means["night"] < means["sea"] < means["strong"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_resamples_outside_the_mask_exactly(
+    sampler: str, picture: Path, half_mask: Path, tmp_path: Path
+) -> None:
+    back = tmp_path / "back.png"
+    run(picture, "--resample", back, "--sampler", sampler, "--mask", half_mask, *SHORT)
+    assert torch.equal(pixels(back)[:, :16], pixels(picture)[:, :16])
+    assert not torch.equal(pixels(back)[:, 16:], pixels(picture)[:, 16:])
+
+
+# Several pictures
+
+
+def test_a_folder_makes_a_folder(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, "-o", out, "--frames", tmp_path / "frames", "--latents", tmp_path / "latents", *SHORT)
+    assert {p.name for p in out.iterdir()} == {"a.gif", "b.gif"}
+    assert {p.name for p in (tmp_path / "frames").iterdir()} == {"a", "b"}
+    assert all(len(list(p.iterdir())) == 5 for p in (tmp_path / "frames").iterdir())
+    seeds = [trajectory.load(tmp_path / "latents" / f"{n}.safetensors").seeds for n in "ab"]
+    assert seeds == [(0,), (1,)]
+
+
+def test_same_names_in_different_folders_stay_apart(folder: Path, picture: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    run(folder / "b.png", other / "b.png", other, "-o", tmp_path / "out", *SHORT)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.gif", "b-2.gif", "a.gif", "b-3.gif"}
+
+
+def test_a_picture_of_several_is_its_single_run(folder: Path, tmp_path: Path) -> None:
+    """The next pictures count the seed up, so the second of a folder is the run with the next seed."""
+    run(folder, "--latents", tmp_path / "many", "--seed", 7, *SHORT)
+    run(folder / "b.png", "--latents", tmp_path / "one.safetensors", "--seed", 8, *SHORT)
+    one, other = (trajectory.load(tmp_path / p) for p in ("many/b.safetensors", "one.safetensors"))
+    assert torch.equal(one.z, other.z) and one.seeds == other.seeds == (8,) and one.settings == other.settings
+
+
+# What goes in
+
+
+def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
+    half.putpixel((0, 0), (10, 20, 30, 255))
+    half.save(tmp_path / "a.png")
+    x = load_picture(tmp_path / "a.png", 512)
+    assert x.shape == (1, 3, 2, 4) and (x[0, :, 1, 1] == 1).all()  # transparency lies on white
+    torch.testing.assert_close(x[0, :, 0, 0], torch.tensor([10, 20, 30]) / 255 * 2 - 1)
+    for mode in ("1", "L", "LA", "P", "I;16", "CMYK"):
+        Image.new("L", (5, 3)).convert(mode if mode != "I;16" else "I").convert(mode).save(tmp_path / f"{mode[0]}.tiff")
+        assert load_picture(tmp_path / f"{mode[0]}.tiff", 512).shape == (1, 3, 3, 5)
+
+
+def test_a_turned_photograph_stands_upright_and_a_large_one_shrinks(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (640, 320)).save(tmp_path / "a.jpg", exif=exif)
+    assert load_picture(tmp_path / "a.jpg", 512).shape == (1, 3, 512, 256)
+    assert load_picture(tmp_path / "a.jpg", 8192).shape == (1, 3, 640, 320)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (7, 5)], ids=str)
+def test_the_smallest_and_odd_pictures_run(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.radial_gradient("L").resize(size).save(tmp_path / "a.png")
+    outputs = ("-o", tmp_path / "a.gif", "--sheet", tmp_path / "s.png", "--resample", tmp_path / "r.png")
+    run(tmp_path / "a.png", *outputs, "--steps", 1)
+    assert Image.open(tmp_path / "r.png").size == size and Image.open(tmp_path / "a.gif").size == size
+
+
+# Anything wrong
+
+
+BAD_VALUES = [
+    ("--steps", "many"), ("--steps", "-1"), ("--steps", "10001"), ("--steps", "1.5"), ("--cfg", "nan"),
+    ("--end-at-step", "-2"), ("--step-increment", "0"), ("--noise", "loud"), ("--sampler", "ddim"),
+    ("--scheduler", "linear"), ("--model", "sd15"), ("--duration", "0.01"), ("--duration", "inf"),
+    ("--seed", str(2**63)), ("--view", "upside down"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flag", "value"), BAD_VALUES, ids=str)
+def test_a_bad_value_is_answered_with_what_is_allowed(flag: str, value: str, picture: Path, capsys: Capture) -> None:
+    name = flag[2:].replace("-", "_")
+    (f,) = (f for f in surface_fields("cli") if f.name == name)
+    assert refused(capsys, picture, "-o", "x.gif", flag, value) == f"{name}: {value!r} is not {allowed(f)}"
+
+
+def test_everything_wrong_comes_at_once(capsys: Capture) -> None:
+    said = refused(capsys, "--steps", "x", "--noise", "loud", "--size", "3")
+    assert all(word in said for word in ("steps: 'x'", "noise: 'loud'", "nothing to make", "PICTURE: none", "size: 3"))
+
+
+def make_broken(tmp_path: Path) -> None:
+    """Things that are not what a name says."""
+    names = ("text.png", "cut.png", "empty.png", "a folder", "plain", "f.safetensors")
+    paths = {name: tmp_path / name for name in names}
+    paths["text.png"].write_text("no picture")
+    whole = (ROOT / "lib_unsampler/assets/cat.jpg").read_bytes()
+    paths["cut.png"].write_bytes(whole[: len(whole) // 2])
+    paths["empty.png"].touch()
+    paths["a folder"].mkdir()
+    paths["plain"].write_text("a file")
+    save_file({"z": torch.zeros(1)}, paths["f.safetensors"])
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+PICTURE = "picture.png"
+GIF = ("-o", "x.gif")
+FLOW_VP = ("--model", "gaussian-flow", "--scheduler", "vp")
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "no picture": (GIF, "PICTURE: none given"),
+    "missing picture": (("no.png", *GIF), "no.png: no such picture"),
+    "empty name": (("", *GIF), "an empty name"),
+    "not a picture": (("text.png", *GIF), "text.png: not a readable picture"),
+    "cut picture": (("cut.png", *GIF), "cut.png: not a readable picture"),
+    "empty picture": (("empty.png", *GIF), "empty.png: not a readable picture"),
+    "empty folder": (("a folder", "-o", "x"), "a folder: a folder without pictures"),
+    "no output": ((PICTURE,), "nothing to make: name at least one of -o"),
+    "unknown option": ((PICTURE, *GIF, "--stpes", "3"), "unrecognized arguments: --stpes"),
+    "no value": ((PICTURE, "-o"), "expected one argument"),
+    "size text": ((PICTURE, *GIF, "--size", "big"), "--size: invalid int value: 'big'"),
+    "size": ((PICTURE, *GIF, "--size", "7"), "size: 7 is not a whole number from 8 to 8192"),
+    "gif ending": ((PICTURE, "-o", "x.mp4"), "x.mp4 does not end in .gif"),
+    "png ending": ((PICTURE, "--resample", "x.jpg"), "x.jpg does not end in .png"),
+    "file ending": ((PICTURE, "--latents", "x.pt"), "x.pt does not end in .safetensors"),
+    "file is a folder": ((PICTURE, "-o", "a folder"), "a folder is a folder, not a file"),
+    "folder is a file": ((PICTURE, "--frames", "plain"), "plain is a file, where a folder is needed"),
+    "folder for many is a file": ((PICTURE, "in", "-o", "plain"), "plain is a file, where a folder is needed"),
+    "below a file": ((PICTURE, "-o", "plain/x.gif"), "plain/x.gif cannot be made"),
+    "frames below a file": ((PICTURE, "--frames", "plain/x/y"), "plain is a file"),
+    "overwrites source": ((PICTURE, "--resample", PICTURE), "picture.png would overwrite what it is made from"),
+    "overwrites a folder's source": (("in", "--resample", "in"), "in/b.png would overwrite what it is made from"),
+    "overwrites mask": ((PICTURE, "--sheet", "m.png", "--mask", "m.png"), "m.png would overwrite what"),
+    "overwrites trajectory": (("--resume", "t.gif", "-o", "./t.gif"), "t.gif would overwrite what"),
+    "two of a name": ((PICTURE, "--sheet", "x.png", "--curve", "./x.png"), "x.png is the output of --sheet too"),
+    "two folders of a name": ((PICTURE, "in", "--sheet", "x", "--curve", "x"), "is the output of --sheet too"),
+    "missing mask": ((PICTURE, *GIF, "--mask", "no.png"), "no.png: No such file"),
+    "mask is no picture": ((PICTURE, *GIF, "--mask", "text.png"), "text.png: not a readable picture"),
+    "prompt": ((PICTURE, "--resample", "x.png", "--positive", "zebra"), "'zebra' is not a prompt"),
+    "negative": ((PICTURE, "--resample", "x.png", "--negative", "zebra"), "'zebra' is not a prompt"),
+    "vp on flow": ((PICTURE, *GIF, *FLOW_VP), "scheduler: 'vp'"),
+    "last seed of two": ((PICTURE, "in", "-o", "x", "--seed", f"{2**63 - 1}"), f"seed: {2**63} is not"),
+    "nothing to resume": (("--resume", "no", *GIF), "no: no such file"),
+    "foreign file": (("--resume", "f.safetensors", *GIF), "f.safetensors: a safetensors file, but not a Batch"),
+    "resuming text": (("--resume", "plain", *GIF), "plain: not a readable trajectory"),
+    "resume with a picture": ((PICTURE, "--resume", "x", *GIF), "pictures: does not go with --resume"),
+    "resume with other noise": (("--resume", "x", *GIF, "--noise", "path"), "noise: is what the resumed"),
+    "resume to itself": (("--resume", "x", "--latents", "y.safetensors"), "latents: the resumed"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_anything_wrong_is_one_line_and_leaves_nothing(
+    case: str, picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_broken(tmp_path)
+    for name in ("m.png", "t.gif", "in/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(picture, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    arguments, said = WRONG[case]
+    assert said in refused(capsys, *arguments)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_stochastic_samplers_are_refused_on_flow(sampler: str, picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    flow = ("--model", "gaussian-flow", "--sampler", sampler)
+    assert f"sampler: '{sampler}'" in refused(capsys, picture, "--resample", tmp_path / "x.png", *flow)
+
+
+def two_images(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    tensors.update(z=tensors["z"].repeat(1, 2, 1, 1, 1), source=tensors["source"].repeat(2, 1, 1, 1))
+    metadata.update(seeds="[1, 2]")
+
+
+ODD: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], None], str]] = {
+    "model": (lambda t, m: m.update(info="{}"), "not an embedded one"),
+    "settings": (lambda t, m: m.update(settings=json.dumps({"steps": "x"})), "steps: 'x' is not"),
+    "batch": (two_images, "not one picture's"),
+    "video": (lambda t, m: t.update(z=t["z"].unsqueeze(3), source=t["source"].unsqueeze(2)), "not one picture's"),
+    "sigmas": (lambda t, m: t.update(sigmas=t["sigmas"] * 0.5), "t.safetensors: "),
+    "newer": (lambda t, m: m.update(version="2"), "newer"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_resuming_an_odd_trajectory_is_one_line(case: str, picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    path, (damage, said) = tmp_path / "t.safetensors", ODD[case]
+    run(picture, "--latents", path, *SHORT)
+    capsys.readouterr()
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
+    damage(tensors, metadata)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
+    assert said in refused(capsys, "--resume", path, "-o", tmp_path / "x.gif", "--resample", tmp_path / "x.png")
+
+
+def test_a_resumed_pickle_is_never_read(tmp_path: Path, capsys: Capture) -> None:
+    torch.save({"z": torch.zeros(1)}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(["z"]))
+    for name in ("a.pt", "b.pt"):
+        assert "not a readable trajectory" in refused(capsys, "--resume", tmp_path / name, "-o", tmp_path / "x.gif")
+
+
+# Help, and being stopped
+
+
+def test_help_is_documentation_of_every_field() -> None:
+    text = " ".join(make_parser().format_help().split())
+    for f in surface_fields("cli"):
+        assert f"--{f.name.replace('_', '-')}" in text, f.name
+        unbroken = text.replace(" ", "").replace("-", "")
+        for words in (f.metadata["help"], f"Allowed: {allowed(f)}"):
+            assert words.replace(" ", "").replace("-", "") in unbroken, f.name
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "--steps=x", "--bogus"])
+def test_help_and_errors_come_without_torch(argument: str) -> None:
+    program = (
+        "import sys\nfrom lib_unsampler.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: print('status', end.code, *({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", program, argument]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == ("status 0" if argument in ("--help", "--version") else "status 2")
+    assert done.stderr.count("\n") == (0 if argument in ("--help", "--version") else 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to a whole console")
+def test_ctrl_c_leaves_no_half_written_file(picture: Path, tmp_path: Path) -> None:
+    out, gif = tmp_path / "frames", tmp_path / "x.gif"
+    gif.write_bytes(b"the old one")
+    command = [sys.executable, "-m", "lib_unsampler", picture, "-o", gif, "--frames", out, "--steps", "10000"]
+    process = subprocess.Popen(
+        [str(c) for c in command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(out.glob("*.png"))) < 3:
+        time.sleep(0.02)
+    assert list(tmp_path.glob(".*.part"))  # the GIF is being written
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("unsampler: interrupted")
+    assert not list(tmp_path.rglob(".*.part")) and gif.read_bytes() == b"the old one"
+    for frame in out.iterdir():
+        assert pixels(frame).shape == (24, 32, 3)
