@@ -1,0 +1,242 @@
+"""A running WebUI, named by ``WEBUI_URL``, through its API: what users get, and what is left behind.
+
+Run with ``-m live``. Requests are made repeatable by an all-white mask whose content is seeded latent
+noise: the host's VAE otherwise encodes a picture with an unseeded draw.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageSequence
+
+URL = os.environ.get("WEBUI_URL", "")
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+TIMESTEP_SAMPLERS = ("DDIM", "DDIM CFG++", "PLMS", "UniPC")
+CAT = Path(__file__).resolve().parent.parent / "lib_unsampler/assets/cat.jpg"
+
+
+def as_base64(picture: Image.Image) -> str:
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(URL + path, data, {"Content-Type": "application/json"})
+    try:
+        return json.load(urllib.request.urlopen(request, timeout=300))
+    except urllib.error.HTTPError as error:
+        return {"status": error.code, **json.loads(error.read())}
+
+
+def img2img(settings: Any = None, args: list[Any] | None = None, **fields: Any) -> dict[str, Any]:
+    """One repeatable img2img; ``settings`` is the script's dict, ``args`` its arguments as a list."""
+    size = (128, 128)
+    body = {
+        "init_images": [as_base64(Image.open(CAT).convert("RGB").resize(size))],
+        "mask": as_base64(Image.new("RGB", size, "white")),
+        **{"inpainting_fill": 2, "inpaint_full_res": False, "mask_blur": 0, "inpainting_mask_invert": 0},
+        **{"width": size[0], "height": size[1], "steps": 6, "seed": 5, "cfg_scale": 3, "prompt": "a cat"},
+        **{"sampler_name": "Euler a", "scheduler": "Automatic", "denoising_strength": 0.7},
+        **fields,
+    }
+    if settings is not None or args is not None:
+        body["alwayson_scripts"] = {"Batch Unsampler": {"args": args if args is not None else [settings]}}
+    reply = ask("/sdapi/v1/img2img", body)
+    if "info" in reply:
+        reply["params"] = json.loads(reply["info"])["extra_generation_params"]
+        reply["infotexts"] = json.loads(reply["info"])["infotexts"]
+    return reply
+
+
+def opened(data: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def pixels(reply: dict[str, Any]) -> list[bytes]:
+    return [opened(i).convert("RGB").tobytes() for i in reply["images"]]
+
+
+def kinds(reply: dict[str, Any]) -> list[str]:
+    return [note["kind"] for note in reply["params"]["Unsampler images"]]
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[bytes]:
+    """A plain img2img, seen to be repeatable, which every later plain one must equal."""
+    first, second = pixels(img2img()), pixels(img2img())
+    assert first == second
+    return first
+
+
+def samplers() -> list[str]:
+    return [s["name"] for s in ask("/sdapi/v1/samplers")] if URL else []
+
+
+@pytest.mark.parametrize("name", samplers())
+def test_init_with_shared_noise_is_plain_img2img(name: str) -> None:
+    reply = img2img({"output": ["init"]}, sampler_name=name)
+    if name in TIMESTEP_SAMPLERS:
+        assert reply["status"] == 422 and "init" in reply["detail"] and name in reply["detail"]
+        return
+    assert pixels(reply) == pixels(img2img(sampler_name=name))
+
+
+@pytest.mark.parametrize("name", [n for n in samplers() if n not in TIMESTEP_SAMPLERS])
+def test_init_from_other_noise_runs_on_every_sampler(name: str) -> None:
+    reply = img2img({"output": ["init"], "noise": "independent", "end_at_step": 1}, sampler_name=name)
+    assert len(reply["images"]) == 1, reply
+    assert pixels(reply) != pixels(img2img(sampler_name=name))
+
+
+@pytest.mark.parametrize("name", [n for n in samplers() if n in TIMESTEP_SAMPLERS])
+def test_timestep_samplers_show_their_noise_levels(name: str) -> None:
+    reply = img2img({"output": ["frames"]}, sampler_name=name)
+    assert reply["params"]["Unsampler schedule"] == f"{name} timesteps"
+    assert len(reply["images"]) >= 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "status"),
+    [
+        ({"output": ["init", "frames", "animation"], "noise": "path", "end_at_step": 1}, {}, None),
+        ({"output": ["frames", "contact sheet"], "steps": 9}, {"batch_size": 2, "n_iter": 2}, None),
+        ({"noise": "pink", "steps": -1, "nonsense": 3}, {}, 422),
+        ({"output": ["init"]}, {"sampler_name": "DDIM"}, 422),
+        ({"output": ["init"], "noise": "independent"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, 500),
+    ],
+)
+def test_nothing_is_left_behind(
+    plain: list[bytes], settings: dict[str, Any], fields: dict[str, Any], status: int | None
+) -> None:
+    assert img2img(settings, **fields).get("status") == status
+    assert pixels(img2img()) == plain
+
+
+def test_every_error_is_answered_at_once() -> None:
+    reply = img2img({"noise": "pink", "steps": -1, "nonsense": 3})
+    assert reply["status"] == 422
+    assert all(text in reply["detail"] for text in ("noise: 'pink'", "steps: -1", "nonsense: unknown"))
+
+
+def test_frames_in_order_with_the_animation_first() -> None:
+    reply = img2img({"duration": 0.25})
+    assert kinds(reply) == ["animation"] + ["frame"] * 7
+    assert len(reply["images"]) == len(reply["infotexts"]) == 8
+    sigmas = [n["sigma"] for n in reply["params"]["Unsampler images"][1:]]
+    assert sigmas == sorted(sigmas) and sigmas[0] == 0
+    assert sigmas[1:] == reply["params"]["Unsampler sigmas"]
+    gif = opened(reply["images"][0])
+    assert [f.info["duration"] for f in ImageSequence.Iterator(gif)] == [250] * 7
+    assert "Unsampler duration: 0.25" in gif.info["comment"].decode()
+    assert "Unsampler frame sigma" in opened(reply["images"][2]).info["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"step_increment": 2}, 4),
+        ({"end_at_step": 4}, 3),
+        ({"include_clean": False}, 6),
+        ({"steps": 11}, 12),
+    ],
+)
+def test_which_levels_are_shown(settings: dict[str, Any], count: int) -> None:
+    reply = img2img({"output": ["frames"], **settings})
+    assert kinds(reply) == ["frame"] * count
+
+
+def test_reverse_plays_backwards() -> None:
+    forwards, backwards = (opened(img2img({"output": ["animation"], "reverse": r})["images"][0]) for r in (False, True))
+    first = [f.convert("RGB").tobytes() for f in ImageSequence.Iterator(forwards)]
+    assert first[::-1] == [f.convert("RGB").tobytes() for f in ImageSequence.Iterator(backwards)]
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent", "path"])
+def test_a_batch_is_its_single_runs(noise: str) -> None:
+    """The mask's latent noise is drawn per image, so that each seed's picture is its own."""
+    settings = {"output": ["frames"], "noise": noise, "include_clean": False}
+    batch = pixels(img2img(settings, batch_size=2))
+    for i in range(2):
+        single = pixels(img2img(settings, seed=5 + i))
+        assert len(batch) == 2 * len(single)
+        for together, alone in zip(batch[i::2], single):
+            assert max(abs(a - b) for a, b in zip(together, alone)) <= 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"always_discard_next_to_last_sigma": True}, {"sigma_max": 9.0}, {"sigma_min": 0.2}],
+)
+def test_the_schedule_is_the_host_s(override: dict[str, Any]) -> None:
+    undo = {key: False if isinstance(value, bool) else 0 for key, value in override.items()}
+    fields = {"scheduler": "Karras"}
+    usual = img2img({"output": ["frames"]}, override_settings=undo, **fields)["params"]["Unsampler sigmas"]
+    changed = img2img({"output": ["frames"]}, override_settings=override, **fields)["params"]["Unsampler sigmas"]
+    again = img2img({"output": ["frames"]}, override_settings=undo, **fields)["params"]["Unsampler sigmas"]
+    assert usual == again != changed
+    if "sigma_max" in override:
+        assert changed[-1] == pytest.approx(9.0)
+    if "sigma_min" in override:
+        assert changed[0] == pytest.approx(0.2)
+
+
+def test_positional_arguments_and_an_unticked_script(plain: list[bytes]) -> None:
+    assert kinds(img2img(args=[True, ["frames"], 0, -1, 3])) == ["frame"] * 3
+    assert pixels(img2img(args=[False, ["frames"], "nonsense"])) == plain
+    assert pixels(img2img(args=[])) == plain
+
+
+def test_samples_are_saved_only_where_the_host_saves_them() -> None:
+    """Seen through the latents file, which is written either way: the numbers before it tell."""
+    fields = {"output": ["frames", "latents"], "include_clean": False}
+    numbers = []
+    for save in (False, False, True):
+        path = img2img(fields, save_images=save)["params"]["Unsampler latents"][0]
+        numbers.append(int(Path(path.replace("\\", "/")).name.split("-")[0]))
+    assert numbers[1] - numbers[0] == 1
+    assert numbers[2] - numbers[1] == 7
+
+
+@pytest.mark.parametrize("button", ["interrupt", "skip"])
+def test_interrupt_and_skip_end_cleanly(plain: list[bytes], button: str) -> None:
+    result: dict[str, Any] = {}
+    run = threading.Thread(target=lambda: result.update(img2img({"steps": 300})))
+    run.start()
+    seen: list[dict[str, Any]] = []
+    while not (seen and seen[-1]["state"]["sampling_step"] > 5):
+        time.sleep(0.2)
+        seen.append(ask("/sdapi/v1/progress"))
+        assert len(seen) < 600
+    ask(f"/sdapi/v1/{button}", {})
+    run.join(timeout=120)
+    assert seen[-1]["state"]["sampling_steps"] == 301 and seen[-1]["progress"] > 0
+    assert "Unsampling: frame" in seen[-1]["textinfo"]
+    frames = kinds(result).count("frame")
+    assert 5 < frames < 301
+    assert opened(result["images"][0]).n_frames == frames
+    assert pixels(img2img()) == plain
+
+
+def test_the_script_documents_itself() -> None:
+    scripts = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "batch unsampler"]
+    assert len(scripts) == 1 and scripts[0]["is_img2img"] and scripts[0]["is_alwayson"]
+    by_label = {a["label"]: a for a in scripts[0]["args"]}
+    steps = by_label["Steps (0: as img2img)"]
+    assert (steps["value"], steps["minimum"], steps["maximum"]) == (0, 0, 10000)
+    assert by_label["Noise"]["choices"] == ["shared", "independent", "path"]
