@@ -302,6 +302,18 @@ def test_variance_preserving_view(sigma: float, latent: Latent) -> None:
     assert torch.equal(per_image[:1], variance_preserving(z[:1], s, "eps"))
 
 
+@pytest.mark.parametrize(("prediction", "low", "high"), [("eps", 2.0, 5.0), ("flow", 0.2, 0.6), ("flow", 0.5, 1.0)])
+def test_a_step_of_the_forward_process(
+    prediction: str, low: float, high: float, latent: Latent, known_draws: Known
+) -> None:
+    r"""It keeps the signal at a(s'), and brings the noise of variance s^2 to s'^2: z' = r z + sqrt(s'^2 - r^2 s^2) n."""
+    z, noise = latent(2, 3, 4, 5), known_draws(1, 2, 3, 4, 5)[1][0]
+    r = signal(high, prediction) / signal(low, prediction)
+    truth = r * z.double() + (high**2 - (r * low) ** 2) ** 0.5 * noise.double()
+    got = diffuse(z, noise, torch.tensor(low), torch.tensor(high), prediction)
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=2e-6)
+
+
 @predictions
 def test_diffusing_to_the_same_level_changes_nothing(prediction: str, latent: Latent) -> None:
     z, one = latent(1, 3, 4, 5), torch.ones(())

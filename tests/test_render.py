@@ -9,7 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lib_unsampler.noising import blend
-from lib_unsampler.render import ACCENT, contact_sheet, sigma_curve, sigma_text, thumbnail, to_pictures, viewed
+from lib_unsampler.render import ACCENT, INK, contact_sheet, sigma_curve, sigma_text, thumbnail, to_pictures, viewed
 
 COLOURS = [(200, 20, 10 * i) for i in range(13)]
 
@@ -80,9 +80,12 @@ def test_sigma_curve_marks_each_kept_level_at_its_height() -> None:
     schedule = torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.0])
     kept = (5, 2, 0)
     boxes = sorted(regions(sigma_curve(schedule, kept), ACCENT), key=lambda b: b[1].start)
+    bare = np.asarray(sigma_curve(schedule, ()))
     across = [(b[1].start + b[1].stop) / 2 for b in boxes]
     down = [(b[0].start + b[0].stop) / 2 for b in boxes]
     wide, high = np.polyfit([0, 2, 5], across, 1), np.polyfit(np.log10([10, 1, 0.03]), down, 1)
+    for x, y in zip(across, down):  # on the curve
+        assert (bare[int(y) - 1 : int(y) + 2, int(x)] == INK).all(-1).any()
     assert len(boxes) == len(kept) and wide[0] > 0 > high[0]  # later is right, noisier is up
     np.testing.assert_allclose(np.polyval(wide, [0, 2, 5]), across, atol=1)  # straight in the step
     np.testing.assert_allclose(np.polyval(high, np.log10([10, 1, 0.03])), down, atol=1)  # and in log sigma
