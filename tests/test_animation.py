@@ -16,7 +16,8 @@ from PIL import Image
 from lib_unsampler.animation import centiseconds, quantize, write_gif, write_png
 from lib_unsampler.files import whole
 
-COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (90, 10, 160), (200, 100, 50)]  # Pillow 9.5 takes near-black for black
+# None is nearly black: Pillow 9.5 takes that for black.
+COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (90, 10, 160), (200, 100, 50)]
 
 
 def flat(colour: tuple[int, int, int], size: tuple[int, int] = (20, 12)) -> Image.Image:

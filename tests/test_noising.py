@@ -306,7 +306,7 @@ def test_variance_preserving_view(sigma: float, latent: Latent) -> None:
 def test_a_step_of_the_forward_process(
     prediction: str, low: float, high: float, latent: Latent, known_draws: Known
 ) -> None:
-    r"""It keeps the signal at a(s'), and brings the noise of variance s^2 to s'^2: z' = r z + sqrt(s'^2 - r^2 s^2) n."""
+    r"""It scales the signal to a(s') and adds what the noise's variance lacks: z' = r z + sqrt(s'^2 - r^2 s^2) n."""
     z, noise = latent(2, 3, 4, 5), known_draws(1, 2, 3, 4, 5)[1][0]
     r = signal(high, prediction) / signal(low, prediction)
     truth = r * z.double() + (high**2 - (r * low) ** 2) ** 0.5 * noise.double()
