@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The double's modules, the Script loaded as the host loads it, and ``run`` for one request."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/host_double"))
-    before = set(sys.modules)
     script_module = load_script()
     from modules import processing, scripts, sd_samplers, shared
 
@@ -54,12 +53,18 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleName
         **dict(sd_samplers=sd_samplers, out=tmp_path / "out"),
     )
     sampling.torch = torch_before
-    ours = [m for m in sys.modules if m.split(".")[0] in ("modules", "lib_unsampler")]
-    for name in ours:
-        if name not in before or name.startswith("modules"):
-            del sys.modules[name]
+    forget_host()
+
+
+def forget_host() -> None:
+    """Unloads the double and what is bound to it, so that the next test starts afresh."""
+    import lib_unsampler
+
+    for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
+        del sys.modules[name]
     for name in ("extension", "host", "ui"):
         sys.modules.pop(f"lib_unsampler.{name}", None)
+        vars(lib_unsampler).pop(name, None)
 
 
 def load_script() -> ModuleType:
@@ -463,5 +468,5 @@ def test_a_host_without_k_diffusion_gets_one_line(
     module = load_script()
     assert not hasattr(module, "BatchUnsampler")
     assert len(capsys.readouterr().out.strip().splitlines()) == 1
-    for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.undo()
+    forget_host()
