@@ -11,10 +11,10 @@ from .settings import OUTPUTS, pasted, surface_fields
 
 ELEM_ID = "batch_unsampler"
 GROUPS = (
-    ("What comes out", ("output",)),
-    ("How far into the noise", ("steps", "end_at_step", "step_increment")),
-    ("Which noise", ("noise", "normalize")),
-    ("How the frames look", ("view", "duration", "include_clean", "reverse")),
+    ("What comes out", (("output",),)),
+    ("How far into the noise", (("steps", "end_at_step", "step_increment"),)),
+    ("Which noise", (("noise", "normalize"),)),
+    ("How the frames look", (("view", "duration"), ("include_clean", "reverse"))),
 )
 
 
@@ -28,11 +28,11 @@ def build(accordion: Callable[..., Any], title: str) -> list[Any]:
     by_name = {f.name: f for f in surface_fields("host")}
     made: dict[str, Any] = {}
     with accordion(False, label=title, elem_id=ELEM_ID) as enabled:
-        for heading, names in GROUPS:
+        for heading, rows in GROUPS:
             gr.HTML(f"<b>{heading}</b>", elem_classes=["batch-unsampler-heading"])
-            with gr.Row():
-                for name in names:
-                    made[name] = _control(by_name[name])
+            for names in rows:
+                with gr.Row():
+                    made.update({name: _control(by_name[name]) for name in names})
     return [enabled, *(made[name] for name in by_name)]
 
 
@@ -46,9 +46,20 @@ def _control(f: Any) -> Any:
         return gr.Radio(choices=list(choices), value=f.default, **common)
     if isinstance(f.default, bool):
         return gr.Checkbox(value=f.default, **common)
+    return _number(f, common)
+
+
+def _number(f: Any, common: Mapping[str, Any]) -> Any:
+    """A number that publishes its bounds and leaves the check to settings.py.
+
+    Gradio's own check answers even with the accordion unticked, names no field, and leaves the
+    WebUI's page waiting.
+    """
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
-    whole = isinstance(f.default, int)
-    return gr.Number(value=f.default, precision=0 if whole else None, step=1 if whole else 0.01, **bounds, **common)
+    kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": 0.01}
+    number = gr.Number(value=f.default, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
+    number.preprocess = lambda value: value
+    return number
 
 
 def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, str]], Any]]]:
