@@ -7,17 +7,13 @@ waiting for the device. Everywhere else noising.py's torch path does the same ar
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .philox import PhiloxDraws
-
-try:
-    from . import kernels
-except Exception:  # no Triton (Windows, macOS, torch for the CPU), or one that is old or broken
-    kernels = None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LEVELS_PER_PROGRAM = 64
@@ -26,6 +22,16 @@ PROGRAMS = 4096
 
 STAGED_BYTES = 2**16
 """CUDA takes copies up to this size at once; larger ones wait for the device, unless page-locked."""
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The module of the kernels, None without Triton; imported at the first use, since Triton takes its time."""
+    try:
+        from . import kernels
+    except Exception:  # no Triton (Windows, macOS, torch for the CPU), or one that is old or broken
+        return None
+    return kernels
 
 
 def serves(x: Tensor, kept: tuple[int, ...], philox: bool, kind: str) -> bool:
@@ -37,7 +43,7 @@ def serves(x: Tensor, kept: tuple[int, ...], philox: bool, kind: str) -> bool:
         philox: Whether the noise is that of :class:`PhiloxDraws`, unchanged.
         kind: ``shared``, ``independent`` or ``path``.
     """
-    if kernels is None or not x.is_cuda or x.dtype not in DTYPES or not 0 < x.numel() < 2**31:
+    if not x.is_cuda or x.dtype not in DTYPES or not 0 < x.numel() < 2**31 or kernels() is None:
         return False
     stride = _stride(kept)
     # Falling by at least 1 each, indices that span as many as there are fall by 1: nothing to compare.
@@ -88,7 +94,7 @@ def fill(
     chunk = levels if kind == "path" else min(max(levels * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
     x = x.contiguous()
     with torch.cuda.device(x.device.index):
-        kernels.unsample[(blocks * -(-levels // chunk),)](
+        kernels().unsample[(blocks * -(-levels // chunk),)](
             z, x, x if noise is None else noise.contiguous(), _table(factors, draws, images, x.device),
             size, images, levels, chunk, clean, kept[0], _stride(kept),
             kind if noise is None else "given", flow, block,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,9 +28,10 @@ from lib_unsampler.noising import (
 from lib_unsampler.philox import PhiloxDraws, box_muller, philox
 from lib_unsampler.schedule import Levels, levels
 
+ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.cuda.is_available()
 cuda = pytest.mark.skipif(not CUDA, reason="no CUDA")
-triton = pytest.mark.skipif(not CUDA or fused.kernels is None, reason="no CUDA or no Triton")
+triton = pytest.mark.skipif(not CUDA or fused.kernels() is None, reason="no CUDA or no Triton")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
 kinds = pytest.mark.parametrize("kind", NOISE_KINDS)
 predictions = pytest.mark.parametrize("prediction", ["eps", "flow"])
@@ -303,3 +307,10 @@ def test_a_mistaken_bench_exits_with_status_2(args: list[str], capsys: pytest.Ca
     assert stop.value.code == 2
     if args:
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_triton_is_not_imported_before_it_is_used() -> None:
+    """Inside a WebUI every extension is imported at start: Triton must wait for its first batch."""
+    code = "import sys, lib_unsampler.noising as n; assert 'triton' not in sys.modules; print(n.fused.kernels())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
