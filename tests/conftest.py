@@ -1,4 +1,4 @@
-"""What the tests share: modest threads, a small picture, draws whose noise is known."""
+"""What the tests share: one torch thread, a small picture, draws whose noise is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors; threads only wait for one another on a busy machine
 
 Draw = Callable[[int], Tensor]
 
