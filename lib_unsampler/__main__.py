@@ -265,7 +265,7 @@ def _check_written(written: Sequence[dict[str, Path]], sources: Sequence[Path]) 
     for paths in written:
         for name, path in paths.items():
             final = path.resolve()
-            if final in read:
+            if final in read or (name == "frames" and final in {r.parent for r in read}):
                 errors.append(f"{_flag(name)}: {path} would overwrite what it is made from")
             if final in made:
                 errors.append(f"{_flag(name)}: {path} is the output of {made[final]} too")

@@ -5,7 +5,9 @@ Everything streams: a level is noised, shown, written and dropped, unless its la
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+import json
+import re
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ from .trajectory import Trajectory
 
 PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
 DEFAULT_STEPS = 20
+FRAME_NAME = re.compile(r"\d{5,}_sigma_\d+\.\d{4}\.png")
 
 
 @dataclass(frozen=True)
@@ -192,9 +195,13 @@ def _indices(saved: Trajectory) -> list[int]:
 
 
 def parameters(settings: Settings) -> str:
-    """What is written into the files: the settings that are not default, as generation parameters."""
-    pairs: Mapping[str, str] = to_infotext(settings, "cli")
-    return ", ".join(["Batch Unsampler"] + [f"{key}: {value}" for key, value in pairs.items()])
+    """What is written into the files: the settings that are not default, as generation parameters.
+
+    Text with a comma, colon or line break is quoted, as the WebUI does.
+    """
+    pairs = to_infotext(settings, "cli")
+    quoted = {k: json.dumps(v, ensure_ascii=False) if set(v) & set(",:\n") else v for k, v in pairs.items()}
+    return ", ".join(["Batch Unsampler"] + [f"{key}: {value}" for key, value in quoted.items()])
 
 
 def _write(
@@ -214,12 +221,14 @@ def _write(
     total = len(indices) + settings.include_clean
     kept: list[Tensor] = []
     small: list[tuple[Image.Image, str]] = []
+    stale = {f for f in targets.frames.glob("*.png") if FRAME_NAME.fullmatch(f.name)} if targets.frames else set()
 
     def through() -> Generator[Image.Image, None, None]:
         for number, step in enumerate(tqdm(steps, "unsampling", total, unit="frame", disable=quiet)):
             if targets.frames:
                 name = f"{number:05d}_sigma_{step.sigma:.4f}.png"
                 animation.write_png(targets.frames / name, step.picture, text)
+                stale.discard(targets.frames / name)
             if targets.sheet:
                 small.append((render.thumbnail(step.picture), render.sigma_text(step.sigma)))
             if step.index is not None:
@@ -235,6 +244,8 @@ def _write(
         else:
             for _ in pictures:
                 pass
+    for leftover in stale:  # of an earlier run into the same folder
+        leftover.unlink()
     if targets.sheet:
         animation.write_png(targets.sheet, render.contact_sheet(*zip(*small)), text)
     if targets.curve:

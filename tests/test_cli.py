@@ -89,6 +89,15 @@ def folder(tmp_path: Path, picture: Path) -> Path:
 # What comes out
 
 
+def test_a_shorter_run_leaves_no_frames_of_a_longer_one(picture: Path, tmp_path: Path) -> None:
+    frames = tmp_path / "frames"
+    run(picture, "--frames", frames, "--steps", "9")
+    (frames / "mine.png").write_bytes(picture.read_bytes())
+    run(picture, "--frames", frames, "--steps", "3", "--positive", "sea")
+    assert len(list(frames.glob("0*.png"))) == 4
+    assert (frames / "mine.png").exists()
+
+
 @pytest.mark.parametrize("options", [(), ("--reverse",), ("--no-include-clean", "--step-increment", "2")], ids=str)
 def test_the_gif_is_the_frames_in_order(options: tuple[str, ...], picture: Path, tmp_path: Path) -> None:
     gif, frames = tmp_path / "out.gif", tmp_path / "frames"
@@ -353,6 +362,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "frames below a file": ((PICTURE, "--frames", "plain/x/y"), "plain is a file"),
     "overwrites source": ((PICTURE, "--resample", PICTURE), "picture.png would overwrite what it is made from"),
     "overwrites a folder's source": (("in", "--resample", "in"), "in/b.png would overwrite what it is made from"),
+    "frames beside the source": ((PICTURE, "--frames", "."), "would overwrite what it is made from"),
     "overwrites mask": ((PICTURE, "--sheet", "m.png", "--mask", "m.png"), "m.png would overwrite what"),
     "overwrites trajectory": (("--resume", "t.gif", "-o", "./t.gif"), "t.gif would overwrite what"),
     "two of a name": ((PICTURE, "--sheet", "x.png", "--curve", "./x.png"), "x.png is the output of --sheet too"),
