@@ -51,8 +51,7 @@ def detach(p: Any) -> None:
     """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops)."""
     request = vars(p).pop("batch_unsampler", None)
     for name in PATCHED:
-        if getattr(vars(p).get(name), "batch_unsampler", False):
-            delattr(p, name)
+        _unpatch(p, name)
     if request is not None:
         request.restore()
 
@@ -62,7 +61,18 @@ def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
         return function(*args, **kwargs)
 
     patched.batch_unsampler = True
+    patched.before = vars(p).get(name)  # another script's own patch, if there is one
     setattr(p, name, patched)
+
+
+def _unpatch(p: Any, name: str) -> None:
+    patched = vars(p).get(name)
+    if not getattr(patched, "batch_unsampler", False):
+        return
+    if patched.before is None:
+        delattr(p, name)
+    else:
+        setattr(p, name, patched.before)
 
 
 def _refuse(p: Any, message: str) -> None:
@@ -75,9 +85,13 @@ def _refuse(p: Any, message: str) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one batch walks: the levels, and whether its last is where img2img would start anyway."""
+    """What one batch walks: the levels, and whether its last is where img2img would start anyway.
+
+    The prediction type is the model's that begins the sampling: a refiner may end it.
+    """
 
     levels: Levels
+    prediction: str
     total: int
     own_start: bool
 
@@ -109,6 +123,8 @@ class Request:
         self.sigmas: list[float] = []
         self._made: list[Frame] = []
         self._trajectory: Trajectory | None = None
+        self.script = host.selected_script(p)
+        self.stand_ins: list[tuple[Image.Image, str, dict[str, Any]]] = []
 
     @property
     def samples(self) -> bool:
@@ -132,7 +148,7 @@ class Request:
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
-        del self.p.init
+        _unpatch(self.p, "init")
         name = self.p.sampler_name
         if not host.has_sigmas(host.make_sampler(self.p)):
             if self.samples:
@@ -143,6 +159,8 @@ class Request:
                 )
             host.comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
+        if self.script is not None and self.wanted - {"init", "latents"}:
+            host.comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,7 +182,12 @@ class Request:
             detach(p)
             raise
         try:
-            if self._batch is not None and self.error is None:
+            if self._batch is None and self.error is None:
+                raise host.RefusedError(
+                    f"Batch Unsampler: {self.script or 'another extension'} samples in its own way, "
+                    "past img2img's; untick one of the two"
+                )
+            if self.error is None:
                 self._make(*self._batch)
         except Exception as error:
             self.error = error
@@ -182,7 +205,8 @@ class Request:
             total, start = settings.steps or p.steps, 0
         asked = settings.end_at_step if settings.end_at_step >= 0 else start
         walked = levels(host.get_sigmas(p, p.sampler, total), asked, settings.step_increment)
-        return Plan(walked, total, own_start=walked.kept[-1] == start)
+        prediction = host.prediction_type(p.sd_model)
+        return Plan(walked, prediction, total, own_start=walked.kept[-1] == start)
 
     def _start(self, own: Callable[..., Tensor], p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
         """In place of the sampler's ``sample_img2img``: skips it, or starts it from z."""
@@ -211,9 +235,8 @@ class Request:
 
     def _walk(self) -> Any:
         x, noise, plan = self._batch
-        prediction = host.prediction_type(self.p.sd_model)
         draws = host.HostDraws(self.p, noise)
-        return walk(x, plan.levels, draws, self.settings.noise, prediction, self.settings.normalize)
+        return walk(x, plan.levels, draws, self.settings.noise, plan.prediction, self.settings.normalize)
 
     def _handoff(self) -> Tensor:
         z = None
@@ -224,7 +247,8 @@ class Request:
     def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
         """Walks one batch: makes its frames' pictures and keeps its latents, as wanted."""
         shown = bool(self.wanted & PICTURES)
-        if not shown and "latents" not in self.wanted:
+        standing_in = self.script is not None and not self.samples
+        if not shown and not standing_in and "latents" not in self.wanted:
             return
         total = len(plan.levels.kept) + (shown and self.settings.include_clean)
         progress = host.Progress(total, own_job=self.samples)
@@ -238,9 +262,8 @@ class Request:
                 break
             sigma = plan.levels.schedule[index]
             masked = blend(z, x, mask)
-            if shown:
-                prediction = host.prediction_type(self.p.sd_model)
-                view = render.viewed(masked, x, mask, sigma, prediction, self.settings.view)
+            if shown or (standing_in and index == plan.levels.kept[-1]):
+                view = render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
                 self._show(view, index, float(sigma), progress)
             kept.append((index, masked.cpu() if "latents" in self.wanted else sigma))
         self.sigmas = [float(plan.levels.schedule[index]) for index, _ in kept]
@@ -265,7 +288,7 @@ class Request:
             schedule=plan.levels.schedule,
             start=indices[-1],
             source=x.cpu(),
-            prediction=host.prediction_type(p.sd_model),
+            prediction=plan.prediction,
             seeds=tuple(int(seed) for seed in p.seeds),
             mask=None if mask is None else mask.cpu().float(),
             handoff=None if mask is None else last.cpu(),
@@ -284,6 +307,8 @@ class Request:
             self._file_animation([f for f in self._made if f.image == image], image, save)
             self._file_sheet([f for f in self._made if f.image == image], image, save)
         self._file_frames(save)
+        if self.script is not None and not self.samples:
+            self._stand_in()
         self._file_latents()
         self._made = []
         return save and self.samples
@@ -324,8 +349,17 @@ class Request:
                 order = number // len(self.p.prompts)
                 host.save_picture(self.p, frame.picture, frame.image, text, f"-z{order:03d}")
             self.frames.append(frame.picture)
-            entry = {"kind": "frame", "image": self._number(frame.image), "step": frame.step, "sigma": frame.sigma}
-            self._note("frames", text, entry)
+            self._note("frames", text, self._entry(frame))
+
+    def _entry(self, frame: Frame) -> dict[str, Any]:
+        return {"kind": "frame", "image": self._number(frame.image), "step": frame.step, "sigma": frame.sigma}
+
+    def _stand_in(self) -> None:
+        """For a selectable script, which takes one picture for each image: the noisiest frame of each."""
+        for frame in self._made[-len(self.p.prompts) :]:
+            text = host.infotext(self.p, frame.image, {})
+            frame.picture.info.setdefault("parameters", text)
+            self.stand_ins.append((frame.picture, text, self._entry(frame)))
 
     def _file_latents(self) -> None:
         """The latents file is asked for by name, so it is written also where samples are not saved."""
@@ -347,16 +381,23 @@ class Request:
         self.manifest[kind].append(entry)
 
     def hand_over(self, processed: Any) -> None:
-        """Animations, then sheets, then frames, then (with init) the host's own images."""
+        """Animations, then sheets, then frames, then (with init) the host's own images.
+
+        A selectable script (X/Y/Z plot, loopback, SD upscale, ...) counts on one picture for each
+        image, so under it there are only those.
+        """
         kinds = ("animations", "sheets", "frames")
         items = [item for kind in kinds for item in getattr(self, kind)]
         texts = [text for kind in kinds for text in self.texts[kind]]
+        notes = [entry for kind in kinds for entry in self.manifest[kind]]
+        if self.script is not None:
+            items, texts, notes = map(list, zip(*self.stand_ins)) if self.stand_ins else ([], [], [])
         host.put_first(processed, items, texts, keep_own=self.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
             INFOTEXT_PREFIX + "sigmas": self.sigmas,
-            INFOTEXT_PREFIX + "images": [entry for kind in kinds for entry in self.manifest[kind]],
+            INFOTEXT_PREFIX + "images": notes,
             INFOTEXT_PREFIX + "latents": self.latents,
         }

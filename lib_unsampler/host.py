@@ -62,6 +62,18 @@ def prediction_type(model: Any) -> str:
     return "v" if getattr(model, "parameterization", "eps") == "v" else "eps"
 
 
+def selected_script(p: Any) -> str | None:
+    """The title of the script chosen in the script list (X/Y/Z plot, loopback, ...) that drives this request.
+
+    The host keeps its number, counted from 1, as the first script argument.
+    """
+    args = getattr(p, "script_args", None) or [0]
+    if not isinstance(args[0], int) or args[0] < 1:
+        return None
+    script = p.scripts.selectable_scripts[args[0] - 1]
+    return None if script is None else script.title()
+
+
 def make_sampler(p: Any) -> Any:
     """The sampler that the host will make for this request."""
     return sd_samplers.create_sampler(p.sampler_name, p.sd_model)
@@ -187,12 +199,13 @@ def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
 
 def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> None:
     """Saves a frame where and as the host saves its images."""
-    images.save_image(
-        *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
-        info=text,
-        p=p,
-        suffix=suffix,
-    )
+    with attribute(p, "batch_index", index):  # file name patterns read it
+        images.save_image(
+            *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
+            info=text,
+            p=p,
+            suffix=suffix,
+        )
 
 
 def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str) -> Path:
@@ -201,16 +214,28 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
     The host names files only while it saves them, so it saves a small picture first, whose name
     is then taken over.
     """
-    name, _ = images.save_image(
-        *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"), info=text, p=p, suffix=suffix
-    )
+    with attribute(p, "batch_index", index):
+        name, _ = images.save_image(
+            *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"), info=text, p=p, suffix=suffix
+        )
     placeholder = Path(name)
     final = placeholder.with_suffix(made.suffix)
+    if shared.opts.save_images_replace_action != "Replace":
+        final = _free(final)
     with whole(final) as part:
         part.write_bytes(made.read_bytes())
     placeholder.unlink(missing_ok=True)
     made.unlink(missing_ok=True)
     return final
+
+
+def _free(path: Path) -> Path:
+    """A path at which there is no file yet, numbered as the host numbers its own."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
 
 
 def temporary_file(ending: str) -> Path:
@@ -279,7 +304,8 @@ def put_first(processed: Any, items: Sequence[Any], texts: Sequence[str], keep_o
     own = (list(processed.images), list(processed.infotexts)) if keep_own else ([], [])
     processed.images = [*items, *own[0]]
     processed.infotexts = [*texts, *own[1]]
-    processed.index_of_first_image = 0
+    if items or not keep_own:
+        processed.index_of_first_image = 0
 
 
 

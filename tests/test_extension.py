@@ -36,10 +36,10 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleName
     model = processing.Model()
     photo = Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB")
 
-    def make(args: tuple[Any, ...] = (), **fields: Any) -> Any:
-        fields = {"outpath_samples": str(tmp_path / "out"), **fields}
+    def make(args: tuple[Any, ...] = (), selected: int = 0, **fields: Any) -> Any:
+        fields = {"outpath_samples": str(tmp_path / "out"), "init_images": [photo], **fields}
         return processing.StableDiffusionProcessingImg2Img(
-            sd_model=model, init_images=[photo], scripts=runner, script_args=args, **fields
+            sd_model=model, scripts=runner, script_args=(selected, *args), **fields
         )
 
     def run(settings: Any = None, **fields: Any) -> tuple[Any, Any]:
@@ -402,6 +402,179 @@ def test_masked_frames_keep_the_source_outside(host: SimpleNamespace) -> None:
     assert not torch.equal(saved.latent[..., :4], saved.source[..., :4])
     left = [image.crop((0, 0, 32, 64)).tobytes() for image in processed.images]
     assert len(set(left)) == 1
+
+
+@pytest.mark.parametrize("view", ["raw", "variance preserving"])
+def test_only_masked_frames_are_put_back_into_the_whole_picture(host: SimpleNamespace, view: str) -> None:
+    photo = Image.effect_noise((160, 120), 60).convert("RGB")
+    hole = (40, 32, 104, 96)
+    overlay = photo.convert("RGBA")
+    overlay.paste((0, 0, 0, 0), hole)
+    fields = dict(paste_to=(40, 32, 64, 64), overlay_images=[overlay] * 2, batch_size=2, n_iter=2)
+    p, processed = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
+    assert len(processed.images) == 9 * 4
+    for picture in processed.images:
+        assert picture.size == (160, 120)
+        inside = picture.crop(hole)
+        picture.paste(photo.crop(hole), hole)
+        assert picture.tobytes() == photo.tobytes() and inside.tobytes() != photo.crop(hole).tobytes()
+    host.shared.opts.overlay_inpaint = False
+    _, bare = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
+    host.shared.opts.overlay_inpaint = True
+    assert {picture.size for picture in bare.images} == {(64, 64)}
+
+
+def test_a_soft_mask_mixes_and_leaves_init_alone(host: SimpleNamespace) -> None:
+    mask = torch.linspace(0, 1, 8).expand(4, 8, 8)
+    seen: list[torch.Tensor] = []
+    restore = record_start(host, seen)
+    settings = {"output": ["init", "latents"], "noise": "path"}
+    ours, processed = host.run(settings, nmask=mask, mask=1 - mask)
+    restore()
+    saved = latents_of(processed)[0]
+    assert torch.equal(saved.handoff, seen[0])
+    assert torch.equal(saved.z[-1], mask * seen[0] + (1 - mask) * saved.source)
+    plain = host.run(nmask=mask, mask=1 - mask)[0]
+    shared = host.run({"output": ["init", "frames"]}, nmask=mask, mask=1 - mask)[0]
+    assert torch.equal(shared.latest_samples, plain.latest_samples)
+
+
+def test_several_sources_are_one_batch(host: SimpleNamespace) -> None:
+    photos = [Image.effect_noise((64, 64), 60 + 20 * i).convert("RGB") for i in range(2)]
+    settings = {"output": ["frames", "latents"], "noise": "path"}
+    p, processed = host.run(settings, init_images=photos, batch_size=3, n_iter=2)
+    assert p.batch_size == 2
+    notes = processed.extra_generation_params["Unsampler images"]
+    assert [n["image"] for n in notes] == [0, 1] * 9 + [2, 3] * 9
+    assert [f"Seed: {5 + n['image']}" in t for n, t in zip(notes, processed.infotexts)] == [True] * len(notes)
+    for n, saved in enumerate(latents_of(processed)):
+        for i, photo in enumerate(photos):
+            _, single = host.run(settings, init_images=[photo], seed=5 + 2 * n + i)
+            assert torch.equal(latents_of(single)[0].z[:, 0], saved.z[:, i])
+    with pytest.raises(RuntimeError, match="bad number of images"):
+        host.run(settings, init_images=photos, batch_size=1)
+
+
+def test_file_names_know_which_image_they_are_of(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules import images
+
+    save, seen = images.save_image, []
+
+    def noted(image: Image.Image, *args: Any, **kwargs: Any) -> Any:
+        seen.append((kwargs.get("suffix"), args[2], kwargs["p"].batch_index))
+        return save(image, *args, **kwargs)
+
+    monkeypatch.setattr(images, "save_image", noted)
+    outputs = ["frames", "animation", "contact sheet"]
+    host.run({"output": outputs, "step_increment": 4}, batch_size=2, n_iter=2)
+    assert {suffix for suffix, *_ in seen} == {"-unsampling", "-unsampling-sheet", "-z000", "-z001", "-z002"}
+    assert all(index == (seed - 5) % 2 for _, seed, index in seen)
+
+
+@pytest.mark.parametrize("action", ["Replace", "Add number suffix"])
+def test_files_replace_others_only_where_the_host_s_do(
+    host: SimpleNamespace, action: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modules import images
+
+    def always_the_same_name(image: Image.Image, path: str, *args: Any, **kwargs: Any) -> Any:
+        name = Path(path) / "cat.png"
+        name.parent.mkdir(exist_ok=True)
+        image.save(name)
+        return str(name), None
+
+    monkeypatch.setattr(images, "save_image", always_the_same_name)
+    monkeypatch.setattr(host.shared.opts, "save_images_replace_action", action)
+    for _ in range(3):
+        host.run({"output": ["animation"]})
+    names = {path.name for path in host.out.iterdir()}
+    assert names == ({"cat.gif"} if action == "Replace" else {"cat.gif", "cat-1.gif", "cat-2.gif"})
+
+
+class Loopback:
+    """The host's loopback script, as far as it goes: each round's first picture is the next one's source."""
+
+    def __init__(self, host: SimpleNamespace) -> None:
+        self.host = host
+        self.rounds: list[Any] = []
+
+    def title(self) -> str:
+        return "Loopback"
+
+    def run(self, p: Any) -> Any:
+        for _ in range(3):
+            reset_state(self.host.shared.state)
+            processed = self.host.processing.process_images(p)
+            self.rounds.append(processed)
+            p.seed += 1
+            p.init_images = [processed.images[0]]
+        return processed
+
+
+@pytest.mark.parametrize("is_api", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_selected_script_gets_img2img_s_own_pictures(host: SimpleNamespace, is_api: bool, batch_size: int) -> None:
+    host.runner.selectable_scripts = [Loopback(host)]
+    everything = {"output": ["init", "frames", "animation", "contact sheet"]}
+    rounds = {}
+    for name, args in (("plain", (False,)), ("ours", (everything,))):
+        p = host.make(args, selected=1, is_api=is_api, batch_size=batch_size)
+        host.runner.run(p, *p.script_args)
+        rounds[name] = host.runner.selectable_scripts[0].rounds[-3:]
+    assert [pixels(r) for r in rounds["ours"]] == [pixels(r) for r in rounds["plain"]]
+    assert all(len(r.images) == len(r.infotexts) == batch_size for r in rounds["ours"])
+    assert any("Loopback gets one picture for each image" in c for c in p.comments)
+    assert len(list(host.out.glob("*-z00?.png"))) == 3 * 6 * batch_size
+    assert len(list(host.out.glob("*.gif"))) == 3 * batch_size
+
+
+@pytest.mark.parametrize("output", [["frames"], ["animation", "contact sheet"], ["latents"]])
+@pytest.mark.parametrize("is_api", [False, True])
+def test_without_init_a_selected_script_gets_the_noisiest_frames(
+    host: SimpleNamespace, output: list[str], is_api: bool
+) -> None:
+    host.runner.selectable_scripts = [Loopback(host)]
+    alone = host.run({"output": ["frames"]}, batch_size=2)[1].images[-2:]
+    p = host.make(({"output": output},), selected=1, is_api=is_api, batch_size=2)
+    host.runner.run(p, *p.script_args)
+    first, second, _ = host.runner.selectable_scripts[0].rounds
+    assert pixels(first) == [image.tobytes() for image in alone]
+    assert [n["step"] for n in first.extra_generation_params["Unsampler images"]] == [0, 0]
+    assert [f"Seed: {seed}" in text for seed, text in zip((6, 7), second.infotexts)] == [True, True]
+
+
+def test_a_script_that_samples_past_img2img_is_refused_by_name(host: SimpleNamespace) -> None:
+    alternative = Loopback(host)
+    alternative.title = lambda: "img2img alternative test"
+    host.runner.selectable_scripts = [alternative]
+    p = host.make(({"output": ["init", "frames"]},), selected=1)
+
+    def own_sample(*_: Any, **__: Any) -> torch.Tensor:
+        return p.init_latent
+
+    p.sample = own_sample
+    with pytest.raises(HTTPException, match="img2img alternative test samples in its own way") as caught:
+        host.runner.run(p, *p.script_args)
+    assert caught.value.status_code == 422
+    assert p.sample is own_sample
+
+
+def test_a_refiner_that_ends_the_sampling_does_not_change_the_levels(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kdiffusion = host.sd_samplers.sd_samplers_kdiffusion.KDiffusionSampler
+    denoise = kdiffusion.denoise
+    p = host.make(({"output": ["init", "latents"]},))
+
+    def refined(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        p.sd_model = host.processing.Model()
+        p.sd_model.add_noise_to_latent = None  # a flow model
+        return denoise(self, *args, **kwargs)
+
+    monkeypatch.setattr(kdiffusion, "denoise", refined)
+    saved = latents_of(host.processing.process_images(p))[0]
+    expected = latents_of(host.run({"output": ["init", "latents"]})[1])[0]
+    assert saved.prediction == "eps" and torch.equal(saved.z, expected.z)
 
 
 def test_loops_and_cells_reuse_a_request(host: SimpleNamespace) -> None:

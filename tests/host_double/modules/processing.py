@@ -29,7 +29,18 @@ def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
     return [torch.nn.functional.interpolate(z[None, :3], scale_factor=8)[0] for z in batch]
 
 
+def uncrop(image, dest_size, paste_loc):
+    x, y, w, h = paste_loc
+    base_image = Image.new("RGBA", dest_size)
+    base_image.paste(image.resize((w, h)), (x, y))
+    return base_image
+
+
 def apply_overlay(image, paste_loc, overlay):
+    if overlay is None:
+        return image, image.copy()
+    if paste_loc is not None:
+        image = uncrop(image, (overlay.width, overlay.height), paste_loc)
     original = image.copy()
     image = image.convert("RGBA")
     image.alpha_composite(overlay)
@@ -88,6 +99,7 @@ class StableDiffusionProcessingImg2Img:
     nmask: Any = None
     mask: Any = None
     overlay_images: list = None
+    batch_index: int = field(default=None, init=False)
     paste_to: tuple = None
     is_api: bool = False
     scripts: Any = None
@@ -102,7 +114,13 @@ class StableDiffusionProcessingImg2Img:
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
         pictures = [np.asarray(i.resize((self.width, self.height))) for i in self.init_images]
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        self.init_latent = encode(batch.repeat(self.batch_size, 1, 1, 1))
+        if len(pictures) == 1:
+            batch = batch.repeat(self.batch_size, 1, 1, 1)
+        elif len(pictures) <= self.batch_size:
+            self.batch_size = len(pictures)
+        else:
+            raise RuntimeError(f"bad number of images passed: {len(pictures)}; expecting {self.batch_size} or less")
+        self.init_latent = encode(batch)
         self.image_conditioning = None
 
     def sample(self, conditioning, unconditional_conditioning, seeds, subseeds, subseed_strength, prompts):
@@ -152,6 +170,7 @@ def process_images(p):
             shared.state.nextjob()
             save = p.save_samples()
             for i, picture in enumerate(torch.stack(list(decoded))):
+                p.batch_index = i
                 array = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
                 if save:

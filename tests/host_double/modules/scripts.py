@@ -21,15 +21,26 @@ class Script:
 
 
 class ScriptRunner:
-    """One always-on script; what its hooks raise is swallowed, as the host does."""
+    """One always-on script; what its hooks raise is swallowed, as the host does.
+
+    The first script argument is the number of the selected script, counted from 1, or 0.
+    """
 
     def __init__(self, script):
         self.script = script
+        self.script.args_from = 1
+        self.selectable_scripts = []
         self.swallowed = []
+
+    def run(self, p, *args):
+        script_index = args[0]
+        if script_index == 0 or script_index is None:
+            return None
+        return self.selectable_scripts[script_index - 1].run(p)
 
     def call(self, name, p, *more):
         try:
-            getattr(self.script, name)(p, *more, *p.script_args)
+            getattr(self.script, name)(p, *more, *p.script_args[self.script.args_from :])
         except Exception as error:
             self.swallowed.append(error)
 

@@ -28,6 +28,7 @@ opts = SimpleNamespace(
     save_incomplete_images=False,
     live_previews_enable=True,
     overlay_inpaint=True,
+    save_images_replace_action="Replace",
     temp_dir="",
 )
 sd_model = None
