@@ -211,6 +211,8 @@ class Request:
     def _start(self, own: Callable[..., Tensor], p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
         """In place of the sampler's ``sample_img2img``: skips it, or starts it from z."""
         try:
+            if x.ndim > 4 and x.shape[2] > 1:
+                raise ValueError("videos are not supported, only pictures")
             plan = self.plan()
             self._batch = (x.detach().clone(), noise.detach().clone(), plan)
             plain = plan.own_start and self.settings.noise == "shared" and not self.settings.normalize
@@ -296,13 +298,13 @@ class Request:
             info={"model": str(p.sd_model_name), "sampler": str(p.sampler_name), "scheduler": str(p.scheduler)},
         )
 
-    def on_save_samples(self) -> bool:
+    def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed, files what was made."""
         if self.error is not None:
             error = self.error
             detach(self.p)
             raise error
-        save = self._save_samples()
+        save = self._save_samples(*args, **kwargs)
         for image in range(len(self.p.prompts)):
             self._file_animation([f for f in self._made if f.image == image], image, save)
             self._file_sheet([f for f in self._made if f.image == image], image, save)

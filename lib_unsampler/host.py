@@ -51,15 +51,17 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 def prediction_type(model: Any) -> str:
     """``eps``, ``v`` or ``flow`` of the loaded model.
 
-    Forge's predictor names it; in A1111 only SD3 noises its latents itself, and it is a flow model.
+    Forge's and Neo's predictor names it; reForge and Classic have ComfyUI's classes instead, named
+    after it; in A1111 only SD3 noises its latents itself, and it is a flow model.
     """
     forge = getattr(model, "forge_objects", None)
-    if forge is not None:
-        kind = forge.unet.model.predictor.prediction_type
-        return {"const": "flow", "v_prediction": "v"}.get(kind, "eps")
-    if hasattr(model, "add_noise_to_latent"):
+    inner = None if forge is None else forge.unet.model
+    if hasattr(inner, "predictor"):
+        return {"const": "flow", "v_prediction": "v"}.get(inner.predictor.prediction_type, "eps")
+    kinds = [kind.__name__ for kind in type(getattr(inner, "model_sampling", None)).__mro__]
+    if "CONST" in kinds or hasattr(model, "add_noise_to_latent"):
         return "flow"
-    return "v" if getattr(model, "parameterization", "eps") == "v" else "eps"
+    return "v" if "V_PREDICTION" in kinds or getattr(model, "parameterization", "eps") == "v" else "eps"
 
 
 def selected_script(p: Any) -> str | None:
@@ -178,7 +180,8 @@ class Decoded(list):
 def decode(p: Any, latents: Tensor) -> list[Tensor]:
     """Latents of shape (B, C, H, W) to pictures in [-1, 1] of shape (3, H, W), as the host's settings say."""
     with torch.no_grad():
-        return list(processing.decode_latent_batch(p.sd_model, latents, target_device=devices.cpu, check_for_nans=True))
+        made = processing.decode_latent_batch(p.sd_model, latents, target_device=devices.cpu, check_for_nans=True)
+    return [picture.reshape(-1, *picture.shape[-3:])[0] for picture in made]  # some models have a time axis
 
 
 def overlaid(p: Any, picture: Image.Image, index: int) -> Image.Image:

@@ -1,6 +1,7 @@
 """What the double and the extension take for granted of the host, held to a real checkout's source.
 
-Name checkouts with ``A1111_DIR`` and ``FORGE_DIR``; what is not named is skipped.
+Name checkouts with ``A1111_DIR``, ``FORGE_DIR``, ``REFORGE_DIR``, ``CLASSIC_DIR`` and ``NEO_DIR``; what is
+not named is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from lib_unsampler.schedule import levels
 DOUBLE = Path(__file__).resolve().parent / "host_double/modules"
 
 
-@pytest.fixture(params=["A1111_DIR", "FORGE_DIR"])
+@pytest.fixture(params=["A1111_DIR", "FORGE_DIR", "REFORGE_DIR", "CLASSIC_DIR", "NEO_DIR"])
 def host(request: pytest.FixtureRequest) -> Path:
     """A named checkout's ``modules``."""
     folder = os.environ.get(request.param)
@@ -69,8 +70,10 @@ FACTS = {
     "sd_samplers_timesteps.py": ["alphas_cumprod = shared.sd_model.alphas_cumprod"],
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
-        "save_samples = p.save_samples()",
-        "p.height // opt_f, p.width // opt_f), p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
+        "save_samples = p.save_samples(",
+        "p.batch_index = i",
+        "p.height // opt_f, p.width // opt_f)",
+        "p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
         "seed_resize_from_w=p.seed_resize_from_w)",
         "x = self.rng.next()",
         "x *= self.initial_noise_multiplier",
@@ -79,14 +82,16 @@ FACTS = {
         "\"extra_generation_params\": self.extra_generation_params,",
     ],
     "rng.py": ["self.generators = [create_generator(seed + eta_noise_seed_delta) for seed in self.seeds]"],
+    "images.py": ["if shared.opts.save_images_replace_action != 'Replace':", "self.p.batch_index + 1"],
+    "scripts.py": ["script_index = args[0]", "script = self.selectable_scripts[script_index-1]"],
     "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image):", "textinfo = None"],
     "ui_components.py": ["\"elem_id\": f\"{self.accordion_id}-checkbox\","],
     "ui_tempdir.py": ["already_saved_as = getattr(pil_image, 'already_saved_as', None)"],
     "api/api.py": ["if isinstance(image, str):", "status_code=vars(e).get('status_code', 500)"],
 }
-"""Lines the extension rests on, as they stand in the host's source (white space folded)."""
+"""Lines the extension rests on, as they stand in the host's source (white space and quotes folded)."""
 
-ORDER = ["p.scripts.process(p)", "p.init(", "p.sample(", "decode_latent_batch(p.sd_model", "p.save_samples()"]
+ORDER = ["p.scripts.process(p)", "p.init(", "p.sample(", "decode_latent_batch(p.sd_model", "p.save_samples("]
 
 
 def functions(path: Path) -> dict[str, ast.FunctionDef]:
@@ -104,8 +109,13 @@ def parameters(function: ast.FunctionDef) -> list[str]:
     return [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
 
 
+def folded(text: str) -> str:
+    """Text with one kind of quotes and without white space, which formatters change."""
+    return "".join(text.replace('"', "'").split())
+
+
 def source(host: Path, name: str) -> str:
-    return " ".join((host / name).read_text(encoding="utf-8").split())
+    return folded((host / name).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("file", "name"), [(f, n) for f, names in SAME_SIGNATURE.items() for n in names])
@@ -122,25 +132,39 @@ def test_the_double_takes_what_the_host_takes(host: Path, file: str, name: str) 
 
 @pytest.mark.parametrize(("file", "line"), [(f, line) for f, lines in FACTS.items() for line in lines])
 def test_the_host_still_says(host: Path, file: str, line: str) -> None:
-    assert " ".join(line.split()) in source(host, file)
+    assert folded(line) in source(host, file)
 
 
 def test_the_host_makes_its_start_state_as_we_do(host: Path) -> None:
-    assert sum(" ".join(line.split()) in source(host, file) for line, file in OWN_FACTS.items()) == 1
+    assert sum(folded(line) in source(host, file) for line, file in OWN_FACTS.items()) == 1
 
 
 def test_the_host_keeps_its_order(host: Path) -> None:
     text = source(host, "processing.py")
-    text = text[text.index("def process_images_inner") :]
-    places = [text.index(step) for step in ORDER]
+    text = text[text.index(folded("def process_images_inner")) :]
+    places = [text.index(folded(step)) for step in ORDER]
     assert places == sorted(places)
 
 
 def test_hooks_swallow_exceptions(host: Path) -> None:
     text = source(host, "scripts.py")
-    runner = text[text.index("class ScriptRunner") :]
-    process = runner[runner.index("def process(self, p)") :][:400]
-    assert "except Exception:" in process
+    runner = text[text.index(folded("class ScriptRunner")) :]
+    process = runner[runner.index(folded("def process(self, p)")) :][:400]
+    assert folded("except Exception:") in process
+
+
+def test_the_host_names_its_prediction_type_where_we_look(host: Path) -> None:
+    """Forge and Neo: a predictor; reForge and Classic: ComfyUI's classes; A1111: the model itself."""
+    predictor = host.parent / "backend/modules/k_prediction.py"
+    comfy = host.parent / "ldm_patched/modules/model_sampling.py"
+    if predictor.exists():
+        assert folded("'epsilon', 'const', 'v_prediction', 'edm']") in source(host, predictor)
+    elif comfy.exists():
+        assert "class V_PREDICTION(EPS):" in comfy.read_text(encoding="utf-8")
+    else:
+        assert folded("self.sd_model.parameterization") in source(host, "sd_samplers_timesteps.py") or folded(
+            "shared.sd_model.parameterization == 'v'"
+        ) in source(host, "sd_samplers_kdiffusion.py")
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 16, 16, 16), (1, 16, 3, 8, 8)])

@@ -559,6 +559,81 @@ def test_a_script_that_samples_past_img2img_is_refused_by_name(host: SimpleNames
     assert p.sample is own_sample
 
 
+class EPS:
+    """ComfyUI's classes, as reForge and Classic have them."""
+
+
+class V_PREDICTION(EPS):  # noqa: N801
+    pass
+
+
+class CONST:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("inner", "parameterization", "expected"),
+    [
+        ({"predictor": SimpleNamespace(prediction_type="epsilon")}, None, "eps"),
+        ({"predictor": SimpleNamespace(prediction_type="v_prediction")}, None, "v"),
+        ({"predictor": SimpleNamespace(prediction_type="const")}, None, "flow"),
+        ({"model_sampling": type("ModelSampling", (EPS,), {})}, "eps", "eps"),
+        ({"model_sampling": type("ModelSampling", (V_PREDICTION,), {})}, None, "v"),
+        ({"model_sampling": type("ModelSampling", (CONST,), {})}, "eps", "flow"),
+        (None, "v", "v"),
+        (None, None, "eps"),
+    ],
+)
+def test_each_host_s_prediction_type(
+    host: SimpleNamespace, inner: dict[str, Any] | None, parameterization: str | None, expected: str
+) -> None:
+    from lib_unsampler import host as adapter
+
+    model = SimpleNamespace()
+    if parameterization:
+        model.parameterization = parameterization
+    if inner is not None:
+        made = {name: value() if isinstance(value, type) else value for name, value in inner.items()}
+        model.forge_objects = SimpleNamespace(unet=SimpleNamespace(model=SimpleNamespace(**made)))
+    assert adapter.prediction_type(model) == expected
+
+
+def test_neo_tells_save_samples_about_videos(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, asked = host.processing.StableDiffusionProcessingImg2Img, []
+    own = cls.save_samples
+    monkeypatch.setattr(cls, "save_samples", lambda self, *, is_video=False: asked.append(is_video) or own(self))
+    p = host.make(({"output": ["frames"]},))
+    attached = host.script.process
+    host.script.process = lambda p, *args: (attached(p, *args), wrap(p))
+
+    def wrap(p: Any) -> None:
+        ours = p.save_samples
+        p.save_samples = lambda: ours(is_video=False)
+
+    host.processing.process_images(p)
+    assert asked == [False]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_time_axis_of_one_is_a_picture_and_longer_is_refused(
+    host: SimpleNamespace, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, decode = host.processing.encode, host.processing.decode_latent_batch
+    monkeypatch.setattr(host.processing, "encode", lambda p: encode(p)[:, :, None].expand(-1, -1, times, -1, -1))
+
+    def decoded(model: Any, batch: torch.Tensor, **more: Any) -> list[torch.Tensor]:
+        frames = [torch.stack(decode(model, z.movedim(1, 0), **more)) for z in batch]
+        return frames
+
+    monkeypatch.setattr(host.processing, "decode_latent_batch", decoded)
+    if times > 1:
+        with pytest.raises(HTTPException, match="videos are not supported"):
+            host.run({"output": ["frames"]})
+        return
+    _, processed = host.run({"output": ["frames", "latents"]})
+    assert len(processed.images) == 9 and latents_of(processed)[0].z.shape == (8, 1, 4, 1, 8, 8)
+
+
 def test_a_refiner_that_ends_the_sampling_does_not_change_the_levels(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
