@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from PIL import Image, ImageSequence
 
+from lib_unsampler.settings import surface_fields
+
 URL = os.environ.get("WEBUI_URL", "")
 pytestmark = [
     pytest.mark.live,
@@ -27,6 +29,12 @@ pytestmark = [
 ]
 TIMESTEP_SAMPLERS = ("DDIM", "DDIM CFG++", "PLMS", "UniPC")
 CAT = Path(__file__).resolve().parent.parent / "lib_unsampler/assets/cat.jpg"
+
+
+def choices(arg: dict[str, Any]) -> tuple[str, ...] | None:
+    """The choices of a control in script-info: gradio 3 lists values, gradio 4 pairs of label and value."""
+    listed = arg["choices"]
+    return None if listed is None else tuple(c if isinstance(c, str) else c[1] for c in listed)
 
 
 def as_base64(picture: Image.Image) -> str:
@@ -72,8 +80,22 @@ def pixels(reply: dict[str, Any]) -> list[bytes]:
     return [opened(i).convert("RGB").tobytes() for i in reply["images"]]
 
 
+def frames_of(gif: Image.Image) -> list[bytes]:
+    return [f.convert("RGB").tobytes() for f in ImageSequence.Iterator(gif)]
+
+
+def apart(one: bytes, other: bytes) -> int:
+    """The largest difference of two pictures, in steps of 255."""
+    assert len(one) == len(other)
+    return max(abs(a - b) for a, b in zip(one, other))
+
+
+def notes(reply: dict[str, Any]) -> list[dict[str, Any]]:
+    return reply["params"]["Unsampler images"]
+
+
 def kinds(reply: dict[str, Any]) -> list[str]:
-    return [note["kind"] for note in reply["params"]["Unsampler images"]]
+    return [note["kind"] for note in notes(reply)]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +140,8 @@ def test_timestep_samplers_show_their_noise_levels(name: str) -> None:
         ({"output": ["frames", "contact sheet"], "steps": 9}, {"batch_size": 2, "n_iter": 2}, None),
         ({"noise": "pink", "steps": -1, "nonsense": 3}, {}, 422),
         ({"output": ["init"]}, {"sampler_name": "DDIM"}, 422),
+        ({"output": ["frames"]}, {"sampler_name": "DDIM"}, None),
+        ({"output": ["latents"], "normalize": True}, {"subseed": 3, "subseed_strength": 0.5}, None),
         ({"output": ["init"], "noise": "independent"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, 500),
     ],
 )
@@ -128,10 +152,27 @@ def test_nothing_is_left_behind(
     assert pixels(img2img()) == plain
 
 
-def test_every_error_is_answered_at_once() -> None:
-    reply = img2img({"noise": "pink", "steps": -1, "nonsense": 3})
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([{"noise": "pink", "steps": -1, "nonsense": 3}], ("noise: 'pink'", "steps: -1", "nonsense: unknown")),
+        ([{"output": []}], ("output: []",)),
+        ([{"output": "everything"}], ("output: 'everything'",)),
+        ([{"steps": 2.5, "duration": 0, "reverse": 1}], ("steps: 2.5", "duration: 0", "reverse: 1")),
+        ([{"output": ["init"], "steps": 9}], ("steps: 9",)),
+        ([{"enabled": "yes"}], ("enabled: 'yes'",)),
+        ([True, ["frames"], None, -2], ("steps: None", "end_at_step: -2")),
+        (["on", ["frames"]], ("enabled: 'on'",)),
+    ],
+)
+def test_every_error_is_answered_at_once(args: list[Any], said: tuple[str, ...]) -> None:
+    reply = img2img(args=args)
     assert reply["status"] == 422
-    assert all(text in reply["detail"] for text in ("noise: 'pink'", "steps: -1", "nonsense: unknown"))
+    assert [text for text in said if text not in reply["detail"]] == []
+
+
+def test_a_dict_where_the_host_wants_a_list_is_not_answered_with_a_picture() -> None:
+    assert img2img(args={"output": ["frames"]})["status"] >= 400
 
 
 def test_frames_in_order_with_the_animation_first() -> None:
@@ -144,7 +185,8 @@ def test_frames_in_order_with_the_animation_first() -> None:
     gif = opened(reply["images"][0])
     assert [f.info["duration"] for f in ImageSequence.Iterator(gif)] == [250] * 7
     assert "Unsampler duration: 0.25" in gif.info["comment"].decode()
-    assert "Unsampler frame sigma" in opened(reply["images"][2]).info["parameters"]
+    assert [opened(i).info["parameters"] for i in reply["images"][1:]] == reply["infotexts"][1:]
+    assert [f"Unsampler frame sigma: {s:.6g}" in t for s, t in zip(sigmas, reply["infotexts"][1:])] == [True] * 7
 
 
 @pytest.mark.parametrize(
@@ -161,10 +203,32 @@ def test_which_levels_are_shown(settings: dict[str, Any], count: int) -> None:
     assert kinds(reply) == ["frame"] * count
 
 
+def test_thinned_frames_are_frames_of_the_whole_run() -> None:
+    every = pixels(img2img({"output": ["frames"], "noise": "path"}))
+    thinned = pixels(img2img({"output": ["frames"], "noise": "path", "step_increment": 2}))
+    assert thinned == [every[0], *every[2::2]]
+
+
 def test_reverse_plays_backwards() -> None:
     forwards, backwards = (opened(img2img({"output": ["animation"], "reverse": r})["images"][0]) for r in (False, True))
-    first = [f.convert("RGB").tobytes() for f in ImageSequence.Iterator(forwards)]
-    assert first[::-1] == [f.convert("RGB").tobytes() for f in ImageSequence.Iterator(backwards)]
+    assert frames_of(forwards)[::-1] == frames_of(backwards)
+
+
+def test_init_gives_its_own_pictures_last_and_the_levels_it_starts_from() -> None:
+    reply = img2img({"output": ["init", "frames", "animation", "contact sheet"]})
+    own = pixels(img2img())
+    assert kinds(reply) == ["animation", "contact sheet"] + ["frame"] * 6  # strength 0.7 of 6 steps: 5 levels
+    assert pixels(reply)[8:] == own
+    assert len(reply["infotexts"]) == 9 and "Unsampler frame" not in reply["infotexts"][8]
+
+
+def test_four_images_of_two_batches() -> None:
+    reply = img2img({"output": ["frames", "animation", "contact sheet"]}, batch_size=2, n_iter=2, steps=3)
+    assert kinds(reply) == ["animation"] * 4 + ["contact sheet"] * 4 + ["frame"] * 16
+    assert [n["image"] for n in notes(reply)] == [0, 1, 2, 3] * 2 + [0, 1] * 4 + [2, 3] * 4
+    assert [n["sigma"] for n in notes(reply)[8::2]] == [0, *reply["params"]["Unsampler sigmas"]] * 2
+    seeds = [f"Seed: {5 + n['image']}," in text for n, text in zip(notes(reply), reply["infotexts"])]
+    assert seeds == [True] * 24
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
@@ -176,7 +240,7 @@ def test_a_batch_is_its_single_runs(noise: str) -> None:
         single = pixels(img2img(settings, seed=5 + i))
         assert len(batch) == 2 * len(single)
         for together, alone in zip(batch[i::2], single):
-            assert max(abs(a - b) for a, b in zip(together, alone)) <= 1
+            assert apart(together, alone) <= 1
 
 
 @pytest.mark.parametrize(
@@ -198,8 +262,8 @@ def test_the_schedule_is_the_host_s(override: dict[str, Any]) -> None:
 
 def test_positional_arguments_and_an_unticked_script(plain: list[bytes]) -> None:
     assert kinds(img2img(args=[True, ["frames"], 0, -1, 3])) == ["frame"] * 3
-    assert pixels(img2img(args=[False, ["frames"], "nonsense"])) == plain
-    assert pixels(img2img(args=[])) == plain
+    for args in ([False, ["frames"], "nonsense"], [{"enabled": False, "steps": "nonsense"}], []):
+        assert pixels(img2img(args=args)) == plain
 
 
 def test_samples_are_saved_only_where_the_host_saves_them() -> None:
@@ -213,30 +277,59 @@ def test_samples_are_saved_only_where_the_host_saves_them() -> None:
     assert numbers[2] - numbers[1] == 7
 
 
-@pytest.mark.parametrize("button", ["interrupt", "skip"])
-def test_interrupt_and_skip_end_cleanly(plain: list[bytes], button: str) -> None:
-    result: dict[str, Any] = {}
-    run = threading.Thread(target=lambda: result.update(img2img({"steps": 300})))
+def watched(button: str, settings: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A long run with a button pressed after a few frames: its reply, and the last progress before that."""
+    reply: dict[str, Any] = {}
+    run = threading.Thread(target=lambda: reply.update(img2img(settings, **fields)))
     run.start()
-    seen: list[dict[str, Any]] = []
-    while not (seen and seen[-1]["state"]["sampling_step"] > 5):
-        time.sleep(0.2)
-        seen.append(ask("/sdapi/v1/progress"))
-        assert len(seen) < 600
+    progress: dict[str, Any] = {"textinfo": None}
+    until = time.monotonic() + 120
+    while not (progress["textinfo"] and progress["state"]["sampling_step"] > 5):
+        assert run.is_alive() and time.monotonic() < until
+        time.sleep(0.1)
+        progress = ask("/sdapi/v1/progress")
     ask(f"/sdapi/v1/{button}", {})
     run.join(timeout=120)
-    assert seen[-1]["state"]["sampling_steps"] == 301 and seen[-1]["progress"] > 0
-    assert "Unsampling: frame" in seen[-1]["textinfo"]
-    frames = kinds(result).count("frame")
-    assert 5 < frames < 301
-    assert opened(result["images"][0]).n_frames == frames
+    return reply, progress
+
+
+def test_interrupt_ends_with_what_was_done(plain: list[bytes]) -> None:
+    reply, progress = watched("interrupt", {"steps": 300}, n_iter=2)
+    count = kinds(reply).count("frame")
+    assert 5 < count < 301
+    assert {n["image"] for n in notes(reply)} == {0}
+    assert opened(reply["images"][0]).n_frames == count
+    assert "Unsampling: frame" in progress["textinfo"]
+    assert progress["state"]["sampling_steps"] == 301 and 0 < progress["progress"] < 1
+    assert opened(progress["current_image"]).size == (128, 128)
     assert pixels(img2img()) == plain
 
 
+def test_skip_goes_on_with_the_next_batch(plain: list[bytes]) -> None:
+    reply, _ = watched("skip", {"steps": 80}, n_iter=2)
+    counts = [sum(n["kind"] == "frame" and n["image"] == i for n in notes(reply)) for i in (0, 1)]
+    assert 5 < counts[0] < 81 and counts[1] == 81
+    assert [opened(i).n_frames for i in reply["images"][:2]] == counts
+    assert pixels(img2img()) == plain
+
+
+@pytest.mark.parametrize("output", [["init", "animation"], ["animation", "frames"]])
+def test_a_script_that_runs_img2img_many_times_gets_one_picture_each(output: list[str]) -> None:
+    loopback = {"script_name": "loopback", "script_args": [2, 0.5, "Linear", "None"]}
+    reply = img2img({"output": output}, **loopback)
+    assert [opened(i).format for i in reply["images"]] == ["PNG"] * 3  # the grid, and one for each loop
+    if "init" in output:
+        assert pixels(reply) == pixels(img2img(**loopback))
+
+
 def test_the_script_documents_itself() -> None:
-    scripts = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "batch unsampler"]
-    assert len(scripts) == 1 and scripts[0]["is_img2img"] and scripts[0]["is_alwayson"]
-    by_label = {a["label"]: a for a in scripts[0]["args"]}
-    steps = by_label["Steps (0: as img2img)"]
-    assert (steps["value"], steps["minimum"], steps["maximum"]) == (0, 0, 10000)
-    assert by_label["Noise"]["choices"] == ["shared", "independent", "path"]
+    scripts = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "batch unsampler" and s["is_img2img"]]
+    assert len(scripts) == 1 and scripts[0]["is_alwayson"]
+    enabled, *args = scripts[0]["args"]
+    assert (enabled["label"], enabled["value"]) == ("Batch Unsampler", False)
+    assert len(args) == len(surface_fields("host"))
+    for f, arg in zip(surface_fields("host"), args):
+        assert arg["label"] == f.metadata["label"]
+        assert arg["value"] == (list(f.default) if isinstance(f.default, tuple) else f.default)
+        assert (arg["minimum"], arg["maximum"]) == (f.metadata["minimum"], f.metadata["maximum"])
+        assert choices(arg) == f.metadata["choices"]
