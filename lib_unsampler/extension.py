@@ -370,7 +370,7 @@ class Request:
         text = host.infotext(self.p, 0, {})
         file = host.temporary_file(".safetensors")
         trajectory.save(self._trajectory, file)
-        path = host.save_file(self.p, file, Image.new("RGB", (8, 8)), 0, text, "-unsampling")
+        path = host.save_file(self.p, file, Image.new("RGB", (8, 8)), 0, text, "-unsampling").absolute()
         self.latents.append(str(path))
         host.comment(self.p, f"latents saved: {path}")
 

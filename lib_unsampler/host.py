@@ -268,6 +268,7 @@ class Progress:
         self._state = shared.state
         if own_job:
             self._state.nextjob()
+            self._state.current_latent = None  # the sampling's last: the host would show it again every few steps
         self._state.sampling_steps = total
         self._state.sampling_step = 0
         self._total = total

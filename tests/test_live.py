@@ -142,7 +142,7 @@ def test_timestep_samplers_show_their_noise_levels(name: str) -> None:
         ({"output": ["init"]}, {"sampler_name": "DDIM"}, 422),
         ({"output": ["frames"]}, {"sampler_name": "DDIM"}, None),
         ({"output": ["latents"], "normalize": True}, {"subseed": 3, "subseed_strength": 0.5}, None),
-        ({"output": ["init"], "noise": "independent"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, 500),
+        ({"output": ["init"], "noise": "path"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, 500),
     ],
 )
 def test_nothing_is_left_behind(
