@@ -77,7 +77,10 @@ def opened(data: str) -> Image.Image:
 
 
 def pixels(reply: dict[str, Any]) -> list[bytes]:
-    return [opened(i).convert("RGB").tobytes() for i in reply["images"]]
+    """The pictures' pixels; black ones, which a model gives that computes NaN, would equal each other."""
+    pictures = [opened(i).convert("RGB") for i in reply["images"]]
+    assert all(picture.getextrema() != ((0, 0),) * 3 for picture in pictures), "the model gives black pictures"
+    return [picture.tobytes() for picture in pictures]
 
 
 def frames_of(gif: Image.Image) -> list[bytes]:
