@@ -284,7 +284,7 @@ def test_nothing_is_left_behind(host: SimpleNamespace, kind: str, monkeypatch: p
         if kind == "broken decode":
             broken.setattr(host.processing, "decode_latent_batch", raising(RuntimeError("no memory")))
         if kind == "broken sampler":
-            broken.setattr(host.sd_samplers.sd_samplers_kdiffusion.KDiffusionSampler, "denoise", raising(KeyError("x")))
+            broken.setattr(host.sd_samplers.sd_samplers_kdiffusion.CFGDenoiser, "forward", raising(KeyError("x")))
         if kind == "interrupt":
             host.shared.state.interrupted = False
             broken.setattr(host.shared.state, "nextjob", lambda: setattr(host.shared.state, "interrupted", True))
@@ -637,16 +637,16 @@ def test_a_time_axis_of_one_is_a_picture_and_longer_is_refused(
 def test_a_refiner_that_ends_the_sampling_does_not_change_the_levels(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kdiffusion = host.sd_samplers.sd_samplers_kdiffusion.KDiffusionSampler
-    denoise = kdiffusion.denoise
+    denoiser = host.sd_samplers.sd_samplers_kdiffusion.CFGDenoiser
+    forward = denoiser.forward
     p = host.make(({"output": ["init", "latents"]},))
 
     def refined(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         p.sd_model = host.processing.Model()
         p.sd_model.add_noise_to_latent = None  # a flow model
-        return denoise(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(kdiffusion, "denoise", refined)
+    monkeypatch.setattr(denoiser, "forward", refined)
     saved = latents_of(host.processing.process_images(p))[0]
     expected = latents_of(host.run({"output": ["init", "latents"]})[1])[0]
     assert saved.prediction == "eps" and torch.equal(saved.z, expected.z)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modules import images, rng, sd_samplers, shared
+from modules import extra_networks, images, prompt_parser, rng, sd_samplers, shared
 
 
 class Model:
@@ -79,6 +79,8 @@ class StableDiffusionProcessingImg2Img:
     sd_model: Any = None
     outpath_samples: str = None
     prompt: str = "a cat"
+    negative_prompt: str = ""
+    cfg_scale: float = 7.0
     seed: int = 5
     subseed: int = 9
     subseed_strength: float = 0
@@ -96,6 +98,8 @@ class StableDiffusionProcessingImg2Img:
     do_not_save_samples: bool = False
     do_not_save_grid: bool = False
     init_images: list = None
+    disable_extra_networks: bool = False
+    refiner_checkpoint: str = None
     nmask: Any = None
     mask: Any = None
     overlay_images: list = None
@@ -134,6 +138,15 @@ class StableDiffusionProcessingImg2Img:
             samples = samples * self.nmask + self.init_latent * self.mask
         return samples
 
+    def parse_extra_network_prompts(self):
+        self.prompts, self.extra_network_data = extra_networks.parse_prompts(self.prompts)
+
+    def setup_conds(self):
+        steps = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
+        total = steps.config.total_steps(self.steps) if hasattr(steps, "config") else self.steps
+        self.c = prompt_parser.get_multicond_learned_conditioning(self.sd_model, self.prompts, total)
+        self.uc = prompt_parser.get_learned_conditioning(self.sd_model, self.negative_prompts, total)
+
     def save_samples(self):
         stopped = shared.state.interrupted or shared.state.skipped
         return (
@@ -161,10 +174,14 @@ def process_images(p):
                 break
             part = slice(n * p.batch_size, (n + 1) * p.batch_size)
             p.prompts, p.seeds, p.subseeds = p.all_prompts[part], p.all_seeds[part], p.all_subseeds[part]
-            p.negative_prompts = [""] * len(p.prompts)
+            p.negative_prompts = [p.negative_prompt] * len(p.prompts)
             shape = p.init_latent.shape[1:]
             p.rng = rng.ImageRNG(shape, p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength)
-            samples = p.sample(None, None, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
+            p.parse_extra_network_prompts()
+            if not p.disable_extra_networks:
+                extra_networks.activate(p, p.extra_network_data)
+            p.setup_conds()
+            samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
             decoded = samples if getattr(samples, "already_decoded", False) else decode_latent_batch(p.sd_model, samples)
             p.latest_samples = samples
             shared.state.nextjob()

@@ -8,6 +8,8 @@ FUNCTIONS = {
     "Heun": "sample_heun",
     "DPM++ 2M": "sample_dpmpp_2m",
     "DPM++ 2S a": "sample_dpmpp_2s_ancestral",
+    "DPM2": "sample_dpm_2",
+    "DPM++ SDE": "sample_dpmpp_sde",
     "DPM fast": "sample_dpm_fast",
     "LMS": "sample_lms",
 }

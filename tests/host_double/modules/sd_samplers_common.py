@@ -1,6 +1,14 @@
 from modules import shared
 
 
+class SamplerData:
+    def __init__(self, options):
+        self.options = options
+
+    def total_steps(self, steps):
+        return steps * 2 if self.options.get("second_order") else steps
+
+
 def setup_img2img_steps(p, steps=None):
     if shared.opts.img2img_fix_steps or steps is not None:
         requested = steps or p.steps

@@ -4,10 +4,10 @@ import torch
 from k_diffusion import sampling
 
 from modules import sd_samplers_common, shared
+from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
 
 
-class InterruptedException(BaseException):
-    pass
+SECOND_ORDER = ("sample_heun", "sample_dpm_2", "sample_dpmpp_2s_ancestral", "sample_dpmpp_sde")
 
 
 class Hijack:
@@ -24,17 +24,14 @@ class KDiffusionSampler:
     def __init__(self, funcname, sd_model, options=None):
         self.func = getattr(sampling, funcname)
         self.sd_model = sd_model
+        self.funcname = funcname
         self.last_latent = None
-        self.seen = []
+        self.config = sd_samplers_common.SamplerData({"second_order": True} if funcname in SECOND_ORDER else {})
+        self.model_wrap_cfg = CFGDenoiser(self)
 
     def get_sigmas(self, p, steps):
         p.extra_generation_params["Schedule type"] = "Karras"
         return sampling.get_sigmas_karras(steps, 0.0291675, 14.614642)
-
-    def denoise(self, x, sigma, **_):
-        if shared.state.interrupted:
-            raise InterruptedException
-        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
 
     def sample_img2img(
         self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None
@@ -52,9 +49,42 @@ class KDiffusionSampler:
             extra = {"sigma_min": sigma_sched[-2], "sigma_max": sigma_sched[0]}
         if "n" in parameters:
             extra["n"] = len(sigma_sched) - 1
+        self.initialize(p)
+        self.model_wrap_cfg.init_latent = x
         self.last_latent = x
-        shared.state.sampling_steps = t_enc + 1
+        self.sampler_extra_args = {
+            "cond": conditioning,
+            "image_cond": image_conditioning,
+            "uncond": unconditional_conditioning,
+            "cond_scale": p.cfg_scale,
+            "s_min_uncond": 0.0,
+        }
+        return self.launch_sampling(
+            t_enc + 1,
+            lambda: self.func(
+                self.model_wrap_cfg,
+                xi,
+                extra_args=self.sampler_extra_args,
+                disable=False,
+                callback=self.callback_state,
+                **extra,
+            ),
+        )
+
+    def initialize(self, p):
+        self.model_wrap_cfg.p = p
+        self.model_wrap_cfg.mask, self.model_wrap_cfg.nmask = p.mask, p.nmask
+        self.model_wrap_cfg.step = 0
+
+    def callback_state(self, d):
+        shared.state.sampling_step = d["i"]
+
+    def launch_sampling(self, steps, func):
+        self.model_wrap_cfg.steps = steps
+        self.model_wrap_cfg.total_steps = self.config.total_steps(steps)
+        shared.state.sampling_steps = steps
+        shared.state.sampling_step = 0
         try:
-            return self.func(self.denoise, xi, disable=True, **extra)
+            return func()
         except InterruptedException:
             return self.last_latent
