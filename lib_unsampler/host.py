@@ -7,17 +7,18 @@ request's own ``p`` and its own sampler carry instance attributes that are taken
 from __future__ import annotations
 
 import base64
+import copy
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from modules import devices, images, processing, rng, sd_samplers, sd_samplers_common, shared
+from modules import devices, extra_networks, images, processing, rng, sd_samplers, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
@@ -327,3 +328,126 @@ def starting_from(sampler: Any, z: Tensor) -> Iterator[None]:
         yield
     finally:
         sampler.func = function
+
+
+def sampler_function(sampler: Any) -> str:
+    """The k-diffusion name of a sampler's function (``euler``, ``dpmpp_2m``, ...)."""
+    name = sampler.funcname if isinstance(sampler.funcname, str) else sampler.funcname.__name__
+    return name.removeprefix("sample_")
+
+
+class GuidedModel:
+    """The host's guided denoiser, inpainting left out, for the images of one batch.
+
+    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's
+    own. ``call`` is the number of the sampling's own model call that a call mirrors: the host
+    looks prompt editing and its guidance minimum up by it.
+    """
+
+    def __init__(self, denoiser: Any, extra_args: dict[str, Any]) -> None:
+        self._denoiser = denoiser
+        self._extra_args = extra_args
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """
+        Arguments:
+            x: Latents with shape (b, C, [T,] H, W).
+            sigma: Their noise levels, with shape (b).
+            call: The number of the model call, from 0 at the start level.
+            images: Which images of the batch these are, with shape (b); None is all.
+        """
+        args = self._extra_args if images is None else {k: _picked(v, images) for k, v in self._extra_args.items()}
+        self._denoiser.step = call
+        self.calls += 1
+        return self._denoiser(x, sigma.to(x), **args)
+
+
+def _picked(conds: Any, images: Tensor) -> Any:
+    """The conditions of some images of a batch: tensors, schedules for each image, or composed prompts."""
+    if isinstance(conds, Tensor):
+        return conds[images.to(conds.device)]
+    if isinstance(conds, list):
+        return [conds[i] for i in images.tolist()]
+    if hasattr(conds, "batch"):
+        picked = copy.copy(conds)
+        picked.batch = _picked(conds.batch, images)
+        picked.shape = (len(picked.batch), *tuple(conds.shape)[1:])
+        return picked
+    return conds
+
+
+def in_sampler(
+    function: Callable[[Callable[..., Tensor], GuidedModel], None], own: Callable[..., Tensor], p: Any, *args: Any,
+    **kwargs: Any
+) -> None:
+    """Runs ``function(sampler's own function, model)`` where the host would run its sampler.
+
+    So the host loads the model, builds the guided denoiser and takes Interrupt and Skip as it does
+    for its own sampling: what the function has not finished then, stays so.
+
+    Arguments:
+        function: Called once, with the sampler's k-diffusion function and the model.
+        own: The sampler's own ``sample_img2img``, called with ``p``, the other arguments and keywords.
+    """
+    sampler = p.sampler
+    sampling = sampler.func
+    raised: list[Exception] = []
+
+    def run(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], **_: Any) -> Tensor:
+        with attribute(model, "mask", None):  # or the host blends the clean source in at sigma 14
+            try:
+                function(sampling, GuidedModel(model, extra_args))
+            except Exception as error:  # raised again when the host has cleaned up
+                raised.append(error)
+        return x
+
+    with attribute(sampler, "func", run):
+        own(p, *args, **kwargs)
+    if raised:
+        raise raised[0]
+
+
+@contextmanager
+def prompted(
+    p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The conditions under other prompts, built as the host builds them, and its networks switched.
+
+    Arguments:
+        positive: Prompt for every image; empty is the request's own.
+        negative: Negative prompt for every image; empty is the request's own.
+        cfg: The guidance scale they are for; the request has it within.
+        conds: The request's own (positive, negative) conditions.
+    """
+    with attribute(p, "cfg_scale", cfg):
+        if not positive and not negative and (cfg == 1 or conds[1] is not None):
+            yield conds
+            return
+        other = copy.copy(p)
+        other.prompts = [positive] * len(p.prompts) if positive else p.prompts
+        other.negative_prompts = [negative] * len(p.prompts) if negative else p.negative_prompts
+        if positive:
+            other.parse_extra_network_prompts()
+        with _networks(p, other.extra_network_data):
+            other.setup_conds()
+            yield other.c, other.uc
+
+
+@contextmanager
+def _networks(p: Any, data: Any) -> Iterator[None]:
+    """Other extra networks (LoRA, ...) than the request's, for a while."""
+    if p.disable_extra_networks or data == p.extra_network_data:
+        yield
+        return
+    forge = getattr(p.sd_model, "forge_objects", None)
+    patched = None if forge is None else forge.shallow_copy()
+    try:
+        with devices.autocast():
+            extra_networks.activate(p, data)
+        yield
+    finally:
+        with devices.autocast():
+            extra_networks.activate(p, p.extra_network_data)
+        if patched is not None:  # what other extensions had hung on the model for this batch
+            p.sd_model.forge_objects = patched
