@@ -377,35 +377,38 @@ def _picked(conds: Any, images: Tensor) -> Any:
     return conds
 
 
-def in_sampler(
-    function: Callable[[Callable[..., Tensor], GuidedModel], None], own: Callable[..., Tensor], p: Any, *args: Any,
-    **kwargs: Any
-) -> None:
-    """Runs ``function(sampler's own function, model)`` where the host would run its sampler.
+def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Runs ``body(function, model, x, sigmas=, extra_args=, ...)`` where the host would run its sampler's function.
 
     So the host loads the model, builds the guided denoiser and takes Interrupt and Skip as it does
-    for its own sampling: what the function has not finished then, stays so.
+    for its own sampling: what the body has not finished then, stays so. Inpainting is left out of the
+    denoiser, or the host would blend the clean source in at sigma 14.
 
     Arguments:
-        function: Called once, with the sampler's k-diffusion function and the model.
+        body: Called once: the sampler's k-diffusion function, and the arguments the host calls it with.
         own: The sampler's own ``sample_img2img``, called with ``p``, the other arguments and keywords.
+
+    Returns:
+        What the body returned, or the host's last latent if it was interrupted.
     """
     sampler = p.sampler
-    sampling = sampler.func
+    function = sampler.func
     raised: list[Exception] = []
 
-    def run(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict[str, Any], **_: Any) -> Tensor:
-        with attribute(model, "mask", None):  # or the host blends the clean source in at sigma 14
+    @functools.wraps(function)  # the host inspects its signature
+    def run(model: Any, x: Tensor, **options: Any) -> Tensor:
+        with attribute(sampler, "func", function), attribute(model, "mask", None):
             try:
-                function(sampling, GuidedModel(model, extra_args))
+                return body(function, model, x, **options)
             except Exception as error:  # raised again when the host has cleaned up
                 raised.append(error)
-        return x
+                return x
 
     with attribute(sampler, "func", run):
-        own(p, *args, **kwargs)
+        out = own(p, *args, **kwargs)
     if raised:
         raise raised[0]
+    return out
 
 
 @contextmanager
