@@ -8,6 +8,7 @@ what fails later from ``p.save_samples``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from . import __version__, animation, host, render, trajectory
+from .driven import Batch, Plan
 from .noising import blend, walk
-from .schedule import Levels, levels
+from .schedule import levels
 from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
 from .trajectory import Trajectory
 
@@ -81,19 +83,6 @@ def _refuse(p: Any, message: str) -> None:
         raise host.RefusedError(message)
 
     _patch(p, "init", refuse)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one batch walks: the levels, and whether its last is where img2img would start anyway.
-
-    The prediction type is the model's that begins the sampling: a refiner may end it.
-    """
-
-    levels: Levels
-    prediction: str
-    total: int
-    own_start: bool
 
 
 @dataclass(frozen=True)
@@ -172,8 +161,8 @@ class Request:
         if self.samples and self.wanted - {"init"} and p.iteration == 0:
             host.add_jobs(p.n_iter)
 
-        def sample_img2img(p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
-            return self._start(own, p, x, noise, *rest, **more)
+        def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
+            return self._start(Batch(own, *args, **kwargs))
 
         try:
             with host.attribute(p.sampler, "sample_img2img", sample_img2img):
@@ -208,8 +197,9 @@ class Request:
         prediction = host.prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=walked.kept[-1] == start)
 
-    def _start(self, own: Callable[..., Tensor], p: Any, x: Tensor, noise: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def _start(self, batch: Batch) -> Tensor:
         """In place of the sampler's ``sample_img2img``: skips it, or starts it from z."""
+        x, noise = batch.x, batch.noise
         try:
             if x.ndim > 4 and x.shape[2] > 1:
                 raise ValueError("videos are not supported, only pictures")
@@ -225,15 +215,11 @@ class Request:
             return x
         if not self.samples:
             return x
-        if z is None:
-            return own(p, x, noise, *rest, **more)
-        with host.starting_from(p.sampler, z):
-            if plan.own_start:
-                return own(p, x, noise, *rest, **more)
-            start = plan.levels.kept[-1]
-            host.comment(p, f"end at step {start} overrides the denoising strength: starts at step {start} of {plan.total}")
-            with host.start_at(p, plan.total, start) as steps:
-                return own(p, x, noise, *rest, **{**more, "steps": steps})
+        if not plan.own_start:
+            overrides = f"end at step {plan.start} overrides the denoising strength"
+            host.comment(self.p, f"{overrides}: starts at step {plan.start} of {plan.total}")
+        with nullcontext() if z is None else host.starting_from(self.p.sampler, z):
+            return batch.sample(plan)
 
     def _walk(self) -> Any:
         x, noise, plan = self._batch
