@@ -143,7 +143,9 @@ class OpenNoise:
 class Recorder:
     """The ``noise_sampler`` and ``callback`` of a recording run."""
 
-    def __init__(self, sigmas: Tensor, states: Tensor, source: Tensor, fresh: Iterator[Tensor], prediction: str) -> None:
+    def __init__(
+        self, sigmas: Tensor, states: Tensor, source: Tensor, fresh: Iterator[Tensor], prediction: str
+    ) -> None:
         """See :func:`record`."""
         self._sigmas = sigmas
         self._wanted = states

@@ -9,11 +9,14 @@ from __future__ import annotations
 import ast
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lib_unsampler.noising import unsample
+from lib_unsampler.embedded import guided, make_model
+from lib_unsampler.noising import SeededDraws, unsample, walk
+from lib_unsampler.replay import record, replay
 from lib_unsampler.schedule import levels
 
 DOUBLE = Path(__file__).resolve().parent / "host_double/modules"
@@ -189,3 +192,37 @@ def test_noising_is_forge_s_own_predictors(monkeypatch: pytest.MonkeyPatch, shap
             plan = levels(torch.stack([sigma, sigma * 0]), 0)
             assert torch.equal(unsample(x, plan, lambda j: noise, "shared", name.split(",")[0])[0], theirs), name
             assert predictor.prediction_type == {"eps": "epsilon", "v": "v_prediction"}.get(name, "const")
+
+
+@pytest.mark.parametrize("sampler", [f"sample_{s}_ancestral{rf}" for s in ("euler", "dpm_2") for rf in ("", "_RF")])
+@pytest.mark.parametrize("cfg", [1.0, 12.0])
+def test_replay_through_forge_s_own_flow_steps(monkeypatch: pytest.MonkeyPatch, sampler: str, cfg: float) -> None:
+    """Forge's real functions over the embedded flow model: every state again, the source again, bit for bit."""
+    folder = os.environ.get("FORGE_DIR")
+    if not folder:
+        pytest.skip("FORGE_DIR names no checkout of Forge")
+    pytest.importorskip("diffusers", reason="Forge's samplers import diffusers: run this in Forge's environment")
+    monkeypatch.syspath_prepend(folder)
+    from k_diffusion import sampling as forge
+
+    class Model:
+        """A denoiser with the predictor by which Forge's own functions choose their step."""
+
+        inner_model = SimpleNamespace(predictor=None)
+        _guided = staticmethod(guided(*(make_model("gaussian-flow", p, 12, 16) for p in ("sea", "night")), cfg))
+
+        def __call__(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return self._guided(z, sigma)
+
+    plan = levels(torch.linspace(1, 0, 11))
+    draw = SeededDraws((5, 6), (3, 12, 16))
+    source = make_model("gaussian-flow", "sunset", 12, 16).mean + 0.2 * SeededDraws((8, 9), (3, 12, 16))(0)
+    states = torch.stack([z for _, z in walk(source, plan, draw, "independent", "flow")])
+    function, seen = getattr(forge, sampler), []
+    recording = record(function, Model(), plan.schedule, states, source, iter(()), "flow", disable=True)
+    out = replay(
+        function, Model(), plan.schedule, recording, disable=True, callback=lambda info: seen.append(info["x"])
+    )
+    assert torch.equal(torch.stack(seen), recording.states)
+    torch.testing.assert_close(recording.states, states.flip(0), rtol=2e-6, atol=2e-6)
+    assert torch.equal(out, source)
