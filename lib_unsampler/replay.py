@@ -83,6 +83,8 @@ class Recording:
             raise ReplayError(f"states {tuple(self.states.shape)} do not fit residual {tuple(shape)} and the schedule")
         if len(self.maps) != len(self.steps) or self.maps.shape[1:] != shape:
             raise ReplayError(f"maps {tuple(self.maps.shape)} do not fit residual {tuple(shape)} and their steps")
+        if list(self.steps) != sorted(self.steps) or not set(self.steps) <= set(range(len(self.states))):
+            raise ReplayError(f"steps {self.steps} do not rise through those of {len(self.states)} states")
 
     def like(self, x: Tensor) -> Recording:
         """The recording for a run from an x: on its device, a single picture repeated for its batch.

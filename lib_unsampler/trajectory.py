@@ -2,7 +2,8 @@
 
 The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
 ``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
-``handoff``, and text metadata. Loading never unpickles anything.
+``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never
+unpickles anything.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from .files import whole
 from .noising import PREDICTIONS
+from .replay import Recording
 
 FORMAT = "batch-unsampler-trajectory"
 VERSION = 1
 TENSORS = ("z", "sigmas", "schedule", "source")
 MASK_TENSORS = ("mask", "handoff")
+REPLAY_TENSORS = ("states", "maps", "residual")
 
 
 class TrajectoryError(ValueError):
@@ -46,6 +49,8 @@ class Trajectory:
         mask: With a mask, its weights, broadcastable against ``source``; else None.
         handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
             at a high noise level. None without a mask, where it is ``z[-1]``.
+        replay: The source as a sampler's noises, made on the end of ``schedule`` from ``start`` or
+            later; None unless the run was a replay.
         settings: The request's fields, as plain values.
         info: Anything else worth keeping as text (model name, host).
     """
@@ -59,6 +64,7 @@ class Trajectory:
     seeds: tuple[int, ...]
     mask: Tensor | None = None
     handoff: Tensor | None = None
+    replay: Recording | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, str] = field(default_factory=dict)
 
@@ -84,6 +90,12 @@ class Trajectory:
             raise TrajectoryError(f"handoff {tuple(self.handoff.shape)} does not fit source {shape}")
         if self.mask is not None and not _broadcasts(tuple(self.mask.shape), shape):
             raise TrajectoryError(f"mask {tuple(self.mask.shape)} does not fit source {shape}")
+        if self.replay is not None:
+            steps = len(self.replay.states)
+            if tuple(self.replay.residual.shape) != shape or not 1 <= steps <= count - 1 - self.start:
+                raise TrajectoryError(f"states {tuple(self.replay.states.shape)} do not fit source {shape} and start")
+            if not torch.equal(self.replay.sigmas.cpu().float(), self.schedule.cpu().float()[-steps - 1 :]):
+                raise TrajectoryError("the maps were made on another schedule")
 
     @property
     def latent(self) -> Tensor:
@@ -104,7 +116,10 @@ def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
 def save(trajectory: Trajectory, path: Path) -> None:
     """Writes a trajectory file; it appears under its name only when whole."""
     names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
-    tensors = {name: getattr(trajectory, name).detach().cpu().contiguous() for name in names}
+    found = {name: getattr(trajectory, name) for name in names}
+    if trajectory.replay is not None:
+        found |= {name: getattr(trajectory.replay, name) for name in REPLAY_TENSORS}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in found.items()}
     tensors = {name: t if name == "z" else t.clone() for name, t in tensors.items()}  # safetensors refuses views
     metadata = {
         "format": FORMAT,
@@ -115,6 +130,9 @@ def save(trajectory: Trajectory, path: Path) -> None:
         "settings": json.dumps(dict(trajectory.settings)),
         "info": json.dumps(dict(trajectory.info)),
     }
+    if trajectory.replay is not None:
+        about = {name: getattr(trajectory.replay, name) for name in ("sampler", "options", "steps")}
+        metadata["replay"] = json.dumps(about)
     with whole(path) as part:
         save_file(tensors, part, metadata)
 
@@ -134,8 +152,10 @@ def load(path: Path) -> Trajectory:
             _check_version(metadata)
             masked = set(MASK_TENSORS) & set(file.keys())
             tensors = {name: file.get_tensor(name) for name in (*TENSORS, *masked)}
+            maps = {name: file.get_tensor(name) for name in REPLAY_TENSORS} if "replay" in metadata else {}
         return Trajectory(
             **tensors,
+            replay=_recording(maps, metadata["replay"], tensors["schedule"]) if maps else None,
             start=int(metadata["start"]),
             prediction=metadata["prediction"],
             seeds=tuple(json.loads(metadata["seeds"])),
@@ -146,6 +166,17 @@ def load(path: Path) -> Trajectory:
         raise TrajectoryError(f"{path}: {error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
+
+
+def _recording(tensors: Mapping[str, Tensor], about: str, schedule: Tensor) -> Recording:
+    told = json.loads(about)
+    return Recording(
+        **tensors,
+        sigmas=schedule[-len(tensors["states"]) - 1 :],
+        sampler=str(told["sampler"]),
+        options=dict(told["options"]),
+        steps=tuple(map(int, told["steps"])),
+    )
 
 
 def _check_version(metadata: Mapping[str, str]) -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib_unsampler.noising import SeededDraws, blend, unsample
+from lib_unsampler.replay import Recording, record
+from lib_unsampler.sampling import kd
 from lib_unsampler.schedule import levels
 from lib_unsampler.trajectory import Trajectory, TrajectoryError, load, save
 
@@ -24,8 +26,8 @@ Latent = Callable[..., Tensor]
 SCHEDULE = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.0])
 
 
-def make(source: Tensor, mask: Tensor | None = None) -> Trajectory:
-    """A real run of two images, from its source."""
+def make(source: Tensor, mask: Tensor | None = None, maps: bool = False) -> Trajectory:
+    """A real run of two images, from its source; with ``maps``, of a replay that skips a step."""
     plan = levels(SCHEDULE, 1, 2)
     z = unsample(source, plan, SeededDraws((1, 2), source.shape[1:]), "path", "eps")
     return Trajectory(
@@ -38,8 +40,17 @@ def make(source: Tensor, mask: Tensor | None = None) -> Trajectory:
         seeds=(1, 2**63 - 1),
         mask=mask,
         handoff=None if mask is None else z[-1],
+        replay=recorded(source) if maps else None,
         settings={"steps": 4, "noise": "path", "positive": 'a "quoted", ünïcode: text'},
         info={"model": "gaussian"},
+    )
+
+
+def recorded(source: Tensor) -> Recording:
+    """The source as Euler a's noises from sigma 2 on; the model knows only black."""
+    states, sigmas = torch.stack([source + 0.5, source - 2]), SCHEDULE[2:]
+    return record(
+        kd.sample_euler_ancestral, lambda z, s: 0 * z, sigmas, states, source, iter(()), "eps", eta=0.5, disable=True
     )
 
 
@@ -64,21 +75,28 @@ def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
 
+def assert_same(name: str, one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    elif isinstance(one, Recording):
+        for f in fields(Recording):
+            assert_same(f.name, getattr(one, f.name), getattr(other, f.name))
+    else:
+        assert one == other, name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 5)], ids=["rank4", "rank5"])
 @pytest.mark.parametrize("mask", [None, torch.linspace(0, 1, 20).reshape(1, 1, 4, 5)], ids=["whole", "masked"])
+@pytest.mark.parametrize("maps", [False, True], ids=["noised", "replay"])
 def test_everything_comes_back(
-    shape: tuple[int, ...], dtype: torch.dtype, mask: Tensor | None, tmp_path: Path, latent: Latent
+    shape: tuple[int, ...], dtype: torch.dtype, mask: Tensor | None, maps: bool, tmp_path: Path, latent: Latent
 ) -> None:
-    wanted = make(latent(*shape, dtype=dtype), mask)
+    wanted = make(latent(*shape, dtype=dtype), mask, maps)
     save(wanted, tmp_path / "new folder" / "t.safetensors")
     got = load(tmp_path / "new folder" / "t.safetensors")
     for f in fields(Trajectory):
-        one, other = getattr(wanted, f.name), getattr(got, f.name)
-        if isinstance(one, Tensor):
-            assert one.dtype == other.dtype and torch.equal(one, other), f.name
-        else:
-            assert one == other, f.name
+        assert_same(f.name, getattr(wanted, f.name), getattr(got, f.name))
     assert torch.equal(got.latent, wanted.z[-1] if mask is None else wanted.handoff)
     assert got.remaining.tolist() == [5.0, 2.0, 0.5, 0.0]
 
@@ -99,8 +117,10 @@ def test_a_truncated_file_is_refused_at_every_length(file: Path) -> None:
         assert_refused(file)
 
 
-def test_any_damaged_byte_of_the_head_is_refused_or_harmless(file: Path) -> None:
+@pytest.mark.parametrize("maps", [False, True], ids=["noised", "replay"])
+def test_any_damaged_byte_of_the_head_is_refused_or_harmless(maps: bool, file: Path, latent: Latent) -> None:
     """Never another exception than TrajectoryError, whichever byte of the header is damaged."""
+    save(make(latent(2, 3, 4, 5), maps=maps), file)
     whole = file.read_bytes()
     head = 8 + int.from_bytes(whole[:8], "little")
     for at in range(head):
@@ -199,6 +219,43 @@ def test_a_missing_tensor_is_refused_by_name(name: str, file: Path) -> None:
     tensors, metadata = contents(file)
     save_file({k: v for k, v in tensors.items() if k != name}, file, metadata)
     assert_refused(file, name)
+
+
+MAP_MISFITS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
+    "one map less": lambda t: {"maps": t["maps"][1:]},
+    "smaller maps": lambda t: {"maps": t["maps"][..., 1:]},
+    "no state": lambda t: {"states": t["states"][:0], "maps": t["maps"][:0]},
+    "scalar states": lambda t: {"states": t["sigmas"][0]},
+    "states from before the start": lambda t: {"states": torch.cat([t["states"], t["states"]])},
+    "another batch": lambda t: {name: t[name][..., :1, :, :, :] for name in ("states", "maps", "residual")},
+}
+
+
+@pytest.mark.parametrize("misfit", MAP_MISFITS)
+def test_maps_that_do_not_fit_are_refused(misfit: str, file: Path, latent: Latent) -> None:
+    save(make(latent(2, 3, 4, 5), maps=True), file)
+    tensors, metadata = contents(file)
+    changed = {k: v.clone().contiguous() for k, v in MAP_MISFITS[misfit](tensors).items()}
+    save_file({**tensors, **changed}, file, metadata)
+    assert_refused(file)
+
+
+@pytest.mark.parametrize(
+    "about",
+    ["[]", "{}", "x", '{"sampler": "a", "options": {}, "steps": [7]}', '{"sampler": "a", "options": 3, "steps": [0]}'],
+)
+def test_damaged_words_about_maps_are_refused(about: str, file: Path, latent: Latent) -> None:
+    save(make(latent(2, 3, 4, 5), maps=True), file)
+    tensors, metadata = contents(file)
+    save_file(tensors, file, {**metadata, "replay": about})
+    assert_refused(file)
+
+
+def test_maps_of_another_schedule_are_refused(latent: Latent) -> None:
+    whole = make(latent(2, 3, 4, 5), maps=True)
+    assert whole.replay is not None
+    with pytest.raises(TrajectoryError, match="another schedule"):
+        replace(whole, replay=replace(whole.replay, sigmas=torch.tensor([3.0, 0.5, 0.0])))
 
 
 class Payload:
