@@ -13,7 +13,7 @@ from .settings import SettingsError, allowed, parse, surface_fields
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TARGETS = {
-    "animation": (".gif",),
+    "animation": (".gif", ".webp", ".apng", ".png", ".mp4"),
     "frames": (),
     "sheet": (".png",),
     "curve": (".png",),

@@ -21,6 +21,7 @@ from .driven import Batch, Plan
 from .noising import blend, walk
 from .schedule import levels
 from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
+from .timing import Timing
 from .trajectory import Trajectory
 
 PATCHED = ("init", "sample", "save_samples")
@@ -305,9 +306,10 @@ class Request:
         if "animation" not in self.wanted or not frames:
             return
         text = host.infotext(self.p, image, {})
-        pictures = [f.picture for f in (reversed(frames) if self.settings.reverse else frames)]
+        pictures = [f.picture for f in frames]
         file = host.temporary_file(".gif")
-        animation.write_gif(file, pictures, [self.settings.duration] * len(pictures), text)
+        timing = Timing([self.settings.duration] * len(pictures), reverse=self.settings.reverse)
+        animation.write(file, pictures, timing, text)
         if save:
             file = host.save_file(self.p, file, pictures[0], image, text, "-unsampling")
         self.animations.append(host.gallery_item(self.p, file, pictures[0], text))

@@ -22,6 +22,7 @@ from .embedded import guided, make_model, masked
 from .noising import SeededDraws, blend, walk
 from .schedule import Levels, levels
 from .settings import Settings, to_infotext
+from .timing import Timing
 from .trajectory import Trajectory
 
 PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
@@ -238,11 +239,10 @@ def _write(
             yield step.picture
 
     with closing(through()) as forward:  # ends the progress bar before any message about what went wrong
-        pictures: Iterable[Image.Image] = reversed(list(forward)) if settings.reverse else forward
         if targets.animation:
-            animation.write_gif(targets.animation, pictures, [settings.duration] * total, text)
+            animation.write(targets.animation, forward, Timing([settings.duration] * total, reverse=settings.reverse), text)
         else:
-            for _ in pictures:
+            for _ in forward:
                 pass
     for leftover in stale:  # of an earlier run into the same folder
         leftover.unlink()
