@@ -135,6 +135,13 @@ class Settings:
         minimum=0.02,
         maximum=60.0,
     )
+    mode: str = option(
+        "noise",
+        "Mode",
+        "noise: the forward process, no model call; invert: the model itself walks its schedule backwards, so that "
+        "sampling again gives the source.",
+        choices=("noise", "invert"),
+    )
     seed: int = option(
         0,
         "Seed",
@@ -167,22 +174,75 @@ class Settings:
     )
     cfg: float = option(
         1.0,
-        "CFG scale",
-        "Guidance scale of the resampling: 1 is the positive prompt alone.",
+        "CFG scale of the inversion",
+        "Invert: the guidance scale under which the model walks backwards; 1 is the positive prompt alone. "
+        "On the command line the resampling's scale too.",
         minimum=0.0,
         maximum=100.0,
-        surfaces=("cli",),
     )
     positive: str = option(
         "",
-        "Positive prompt",
-        "Prompt of the resampling; the embedded models know a few words, each a picture's mean colours.",
-        surfaces=("cli",),
+        "Prompt of the inversion (empty: img2img's own)",
+        "Invert: the prompt under which the model walks backwards. Empty is img2img's own; a space is an empty prompt. "
+        "On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
     )
     negative: str = option(
         "",
-        "Negative prompt",
-        "What the guidance moves away from; the same words.",
+        "Negative prompt of the inversion (empty: img2img's own)",
+        "What the guidance moves away from; as the prompt.",
+    )
+    solver: str = option(
+        "exact",
+        "Solver of the inversion",
+        "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
+        "DPM2), so sampling again gives the source; reverse: the sampler is run up the schedule, a call or two a step.",
+        choices=("exact", "reverse"),
+    )
+    tolerance: float = option(
+        1e-6,
+        "Tolerance of the exact solver",
+        "Exact: how far the sampler's step may miss the level below, as a share of the noisy latent's deviation. "
+        "A half-precision model stops earlier, where it no longer gets nearer.",
+        minimum=1e-12,
+        maximum=0.1,
+    )
+    max_calls: int = option(
+        40,
+        "Most model calls for a level",
+        "Exact: the most model calls for one image at one level; what did not converge by then is named.",
+        minimum=1,
+        maximum=1000,
+    )
+    panel: bool = option(
+        False,
+        "Show the model's estimate beside z",
+        "Invert: each frame shows the source, z, and the picture that the model sees in z.",
+    )
+    report: bool = option(
+        False,
+        "Round-trip report",
+        "Invert: sample back and report the distance to the source in latents and pixels, beside the VAE's own, "
+        "with a plot of the residuals.",
+        surfaces=("host",),
+    )
+    resample_cfg: float = option(
+        -1.0,
+        "CFG scale of the resampling (-1: as cfg)",
+        "Guidance scale of the resampling; -1 is that of cfg.",
+        minimum=-1.0,
+        maximum=100.0,
+        surfaces=("cli",),
+    )
+    resample_positive: str = option(
+        "",
+        "Prompt of the resampling (empty: as positive)",
+        "Prompt of the resampling; empty is that of positive, a space is an empty prompt.",
+        surfaces=("cli",),
+    )
+    resample_negative: str = option(
+        "",
+        "Negative prompt of the resampling (empty: as negative)",
+        "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
     )
 
@@ -268,9 +328,24 @@ def parse(values: Mapping[str, Any], surface: str) -> Settings:
             errors.append(f"{name}: {value!r} is not {allowed(known[name])}")
     if "init" in read.get("output", ()) and read.get("steps", 0) != 0:
         errors.append(f"steps: {read['steps']} is not 0, which init needs (its levels are img2img's own)")
+    errors += _contradictions(read)
     if errors:
         raise SettingsError(errors)
     return Settings(**read)
+
+
+def _contradictions(read: Mapping[str, Any]) -> list[str]:
+    """What does not go with the mode: a mode's own fields in another, or noise where the model makes it."""
+    inverts = read.get("mode", Settings.mode) == "invert"
+    errors = []
+    if inverts and read.get("noise", "shared") != "shared":
+        errors.append(f"noise: {read['noise']!r} is not shared; with mode invert the model makes the noise")
+    if inverts and read.get("normalize", False):
+        errors.append("normalize: true does not go with mode invert, whose noise would no longer be the model's")
+    for name in ("panel", "report"):
+        if read.get(name, False) and not inverts:
+            errors.append(f"{name}: true needs mode invert")
+    return errors
 
 
 def parse_args(args: Sequence[Any], surface: str) -> tuple[bool, Settings]:

@@ -15,6 +15,10 @@ GROUPS = (
     ("How far into the noise", (("steps", "end_at_step", "step_increment"),)),
     ("Which noise", (("noise", "normalize"),)),
     ("How the frames look", (("view", "duration"), ("include_clean", "reverse"))),
+    (
+        "The model walks backwards",
+        (("mode", "solver"), ("positive", "negative", "cfg"), ("tolerance", "max_calls"), ("panel", "report")),
+    ),
 )
 
 
@@ -46,6 +50,8 @@ def _control(f: Any) -> Any:
         return gr.Radio(choices=list(choices), value=f.default, **common)
     if isinstance(f.default, bool):
         return gr.Checkbox(value=f.default, **common)
+    if isinstance(f.default, str):
+        return gr.Textbox(value=f.default, **common)
     return _number(f, common)
 
 
@@ -56,7 +62,7 @@ def _number(f: Any, common: Mapping[str, Any]) -> Any:
     WebUI's page waiting.
     """
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
-    kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": 0.01}
+    kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": min(0.01, f.default)}
     number = gr.Number(value=f.default, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
     number.preprocess = lambda value: value
     return number

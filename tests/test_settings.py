@@ -50,7 +50,15 @@ def values_of(f: Any) -> st.SearchStrategy[Any]:
 
 def requests(surface: str) -> st.SearchStrategy[dict[str, Any]]:
     every = st.fixed_dictionaries({f.name: values_of(f) for f in surface_fields(surface)})
-    return every.map(lambda v: {**v, "steps": 0} if "init" in v.get("output", ()) else v)
+    return every.map(without_contradictions)
+
+
+def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
+    """What parse would refuse for the sake of another field, put right."""
+    mended = {**values, "steps": 0} if "init" in values.get("output", ()) else dict(values)
+    if mended["mode"] == "invert":
+        return {**mended, "noise": "shared", "normalize": False}
+    return {name: False if name in ("panel", "report") else value for name, value in mended.items()}
 
 
 def errors_of(values: dict[str, Any], surface: str) -> list[str]:
@@ -79,7 +87,7 @@ def test_bounds_are_allowed_and_one_beyond_is_not(case: tuple[str, Any]) -> None
     for value in (low, high, str(low), str(high)):
         assert getattr(parse({f.name: value}, surface), f.name) == type(f.default)(value)
     whole = type(f.default) is int
-    below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -1), math.nextafter(high, 1e9))
+    below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -math.inf), math.nextafter(high, math.inf))
     for value in (below, above, str(below), 10**400):
         assert_refused(f, surface, value)
 
@@ -145,6 +153,23 @@ def test_init_refuses_own_steps_by_name() -> None:
     assert error.startswith("steps: 20 is not 0")
     assert parse({"output": ["init"], "steps": 0, "end_at_step": 3}, "host").end_at_step == 3
     assert parse({"output": ["frames"], "steps": 20}, "host").steps == 20
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "mode"),
+    [
+        ("noise", "path", "invert"),
+        ("noise", "independent", "invert"),
+        ("normalize", True, "invert"),
+        ("panel", True, "noise"),
+        ("report", True, "noise"),
+    ],
+)
+def test_what_does_not_go_with_the_mode_is_refused_by_name(field: str, value: Any, mode: str) -> None:
+    (error,) = errors_of({field: value, "mode": mode}, "host")
+    assert error.startswith(f"{field}: ") and "mode invert" in error
+    other = {"invert": "noise", "noise": "invert"}[mode]
+    assert getattr(parse({field: value, "mode": other}, "host"), field) == value
 
 
 def test_settings_are_frozen() -> None:
