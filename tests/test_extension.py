@@ -357,6 +357,23 @@ def test_interrupt_keeps_what_was_done(host: SimpleNamespace, monkeypatch: pytes
     assert not host.out.exists()  # the host's setting: incomplete images are not saved
 
 
+@pytest.mark.parametrize("output", [["frames"], ["init", "frames"]])
+def test_between_frames_a_page_that_asks_sees_no_preview_of_the_sampling(
+    host: SimpleNamespace, output: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host answers a page with the sampling's last latent, if there is one, whenever steps have gone by."""
+    state = host.shared.state
+
+    def assign_and_ask(image: Image.Image) -> None:
+        state.previews.append(image)
+        state.set_current_image()
+
+    monkeypatch.setattr(state, "assign_current_image", assign_and_ask, raising=False)
+    count = len(host.processing.process_images(host.make(({"output": output, "end_at_step": 3},))).images)
+    assert len(state.previews) == count - ("init" in output) == 6
+    assert all(isinstance(shown, Image.Image) for shown in state.previews)
+
+
 def test_files_are_the_host_s_and_carry_the_parameters(host: SimpleNamespace) -> None:
     _, processed = host.run({"output": ["frames", "animation", "contact sheet", "latents"], "reverse": True})
     names = sorted(path.name for path in host.out.iterdir())
@@ -708,13 +725,16 @@ def test_pasted_parameters_set_every_control(host: SimpleNamespace) -> None:
     assert plain.pop("batch_unsampler-checkbox") is False and set(plain.values()) == {None}
 
 
-def test_a_host_without_k_diffusion_gets_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("lacking", ["rng", "sd_samplers_kdiffusion", "sd_samplers_common", "ui_components"])
+def test_a_host_without_what_we_need_gets_one_line(
+    lacking: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """SD.Next lacks ``modules.rng``; the others stand for a host older or newer than any we know."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/host_double"))
-    monkeypatch.setitem(sys.modules, "modules.sd_samplers_kdiffusion", None)
+    monkeypatch.setitem(sys.modules, f"modules.{lacking}", None)
     module = load_script()
     assert not hasattr(module, "BatchUnsampler")
-    assert len(capsys.readouterr().out.strip().splitlines()) == 1
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and "not active" in said[0] and lacking in said[0]
     monkeypatch.undo()
     forget_host()

@@ -36,6 +36,6 @@ class CFGDenoiser:
         denoised = mean + gain * (x - mean)
         if self.mask is not None:
             denoised = denoised * self.nmask + self.init_latent * self.mask
-        self.sampler.last_latent = denoised
+        self.sampler.last_latent = shared.state.current_latent = denoised
         self.step += 1
         return denoised

@@ -8,10 +8,17 @@ class State:
         self.sampling_step = self.sampling_steps = 0
         self.textinfo = None
         self.previews = []
+        self.current_latent = None
+        self.current_image_sampling_step = 0
 
     def nextjob(self):
         self.job_no += 1
-        self.sampling_step = 0
+        self.sampling_step = self.current_image_sampling_step = 0
+
+    def set_current_image(self):
+        if self.current_latent is not None and self.sampling_step > self.current_image_sampling_step:
+            self.previews.append(self.current_latent)
+            self.current_image_sampling_step = self.sampling_step
 
     def assign_current_image(self, image):
         self.previews.append(image)
