@@ -145,13 +145,15 @@ def test_timestep_samplers_show_their_noise_levels(name: str) -> None:
         ({"output": ["init"]}, {"sampler_name": "DDIM"}, 422),
         ({"output": ["frames"]}, {"sampler_name": "DDIM"}, None),
         ({"output": ["latents"], "normalize": True}, {"subseed": 3, "subseed_strength": 0.5}, None),
-        ({"output": ["init"], "noise": "path"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, 500),
+        ({"output": ["init"], "noise": "path"}, {"sampler_name": "DPM++ 3M SDE", "denoising_strength": 0.05}, "plain"),
     ],
 )
 def test_nothing_is_left_behind(
-    plain: list[bytes], settings: dict[str, Any], fields: dict[str, Any], status: int | None
+    plain: list[bytes], settings: dict[str, Any], fields: dict[str, Any], status: int | str | None
 ) -> None:
-    assert img2img(settings, **fields).get("status") == status
+    """``plain``: what the host says without us; with one step left, A1111's 3M SDE fails and Forge's does not."""
+    expected = img2img(**fields).get("status") if status == "plain" else status
+    assert img2img(settings, **fields).get("status") == expected
     assert pixels(img2img()) == plain
 
 
