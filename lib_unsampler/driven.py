@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import host
+from . import host, replay
+from .noising import Draw, walk
+from .replay import Recording
 from .schedule import Levels
+from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,53 @@ class Batch:
         with begin as steps:
             args = (self.p, self.x, self.noise, *conds, steps, self.image_conditioning)
             return self.own(*args) if body is None else host.in_sampler(body, self.own, *args)
+
+
+def _masked(model: Callable[..., Tensor], source: Tensor, mask: Tensor | None) -> Callable[..., Tensor]:
+    """The host's denoiser with the source outside the mask, as its samplers inpaint."""
+    if mask is None:
+        return model
+    return lambda x, sigma, **args: mask * model(x, sigma, **args) + (1 - mask) * source
+
+
+def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recording | None:
+    """A batch's pictures as the noises of the request's own sampler, under the source's prompts.
+
+    Returns:
+        The recording, or None if the user stopped it.
+
+    Raises:
+        ReplayError: for a sampler or options that cannot be replayed.
+    """
+    p, x, levels = batch.p, batch.x, plan.levels
+    unthinned = Levels(levels.schedule, levels.visited, levels.visited)
+    states = torch.stack([z for _, z in walk(x, unthinned, draws, "independent", plan.prediction)])
+    fresh = (draws(j) for j in count(len(levels.schedule) - 1))
+    made: list[Recording] = []
+
+    def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        source_model = _masked(model, x, getattr(p, "nmask", None))
+        made.append(replay.record(function, source_model, sigmas, states, x, fresh, plan.prediction, **options))
+        return start
+
+    conds = (batch.conditioning, batch.unconditional_conditioning)
+    with host.prompted(p, settings.positive, settings.negative, settings.cfg, conds) as source_conds:
+        batch.sample(plan, body, source_conds)
+    return made[0] if made else None
+
+
+def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -> Tensor:
+    """The host's own sampling with a recording's noises.
+
+    Raises:
+        ReplayError: for another sampler, schedule or options than the recorded ones.
+    """
+    p = batch.p
+    skip = min(skip, len(recording.states) - 1)
+
+    def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        model.step = p.sampler.config.total_steps(skip)  # where prompt editing is in the schedule
+        edited = _masked(model, batch.x, getattr(p, "nmask", None))
+        return replay.replay(function, edited, sigmas, recording.like(start), skip, **options)
+
+    return batch.sample(plan, body)

@@ -99,6 +99,7 @@ class StableDiffusionProcessingImg2Img:
     do_not_save_grid: bool = False
     init_images: list = None
     disable_extra_networks: bool = False
+    eta: float = 1.0
     refiner_checkpoint: str = None
     nmask: Any = None
     mask: Any = None

@@ -26,7 +26,9 @@ class KDiffusionSampler:
         self.sd_model = sd_model
         self.funcname = funcname
         self.last_latent = None
-        self.config = sd_samplers_common.SamplerData({"second_order": True} if funcname in SECOND_ORDER else {})
+        second = {"second_order": True} if funcname in SECOND_ORDER else {}
+        brownian = {"brownian": True} if funcname.endswith("sde") else {}
+        self.config = sd_samplers_common.SamplerData({**second, **brownian})
         self.model_wrap_cfg = CFGDenoiser(self)
 
     def get_sigmas(self, p, steps):
@@ -49,7 +51,10 @@ class KDiffusionSampler:
             extra = {"sigma_min": sigma_sched[-2], "sigma_max": sigma_sched[0]}
         if "n" in parameters:
             extra["n"] = len(sigma_sched) - 1
-        self.initialize(p)
+        extra |= self.initialize(p)
+        if "brownian" in self.config.options:
+            span = (sigmas[sigmas > 0].min(), sigmas.max())
+            extra["noise_sampler"] = sampling.BrownianTreeNoiseSampler(x, *span, seed=list(p.seeds))
         self.model_wrap_cfg.init_latent = x
         self.last_latent = x
         self.sampler_extra_args = {
@@ -75,6 +80,7 @@ class KDiffusionSampler:
         self.model_wrap_cfg.p = p
         self.model_wrap_cfg.mask, self.model_wrap_cfg.nmask = p.mask, p.nmask
         self.model_wrap_cfg.step = 0
+        return {"eta": p.eta} if "eta" in inspect.signature(self.func).parameters else {}
 
     def callback_state(self, d):
         shared.state.sampling_step = d["i"]
