@@ -6,7 +6,7 @@ loaded, guided, previewed and interrupted as in the host's own sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from . import host, replay
+from .fingerprint import fingerprint
+from .inversion import CALLS, Level, kin
+from .inversion import invert as invert_
 from .noising import Draw, walk
 from .replay import Recording
 from .schedule import Levels
-from .settings import Settings
+from .settings import TITLE, Settings
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,89 @@ class Batch:
         with begin as steps:
             args = (self.p, self.x, self.noise, *conds, steps, self.image_conditioning)
             return self.own(*args) if body is None else host.in_sampler(body, self.own, *args)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """The levels of a batch that the model walked backwards, least noisy first.
+
+    Attributes:
+        source: The clean latents they start from.
+        levels: Every visited level that was reached.
+        estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
+        back: The noisiest level sampled back under the same prompts, for reports; else None.
+    """
+
+    source: Tensor
+    levels: tuple[Level, ...]
+    estimates: Mapping[int, Tensor]
+    back: Tensor | None
+
+    def kept(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
+        """The kept levels that were reached, as (schedule index, z in float32)."""
+        wanted = set(plan.levels.kept)
+        return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
+
+
+_last: tuple[str, Inverted] | None = None
+"""The last whole inversion, and the fingerprint of what it depends on."""
+
+
+def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
+    """The levels of a batch as the model itself walks them, under the source's prompts.
+
+    What the last call made is given again if nothing that it depends on has changed. An interrupt
+    leaves the levels reached by then.
+
+    Raises:
+        InversionError: for a sampler that cannot be inverted.
+    """
+    global _last
+    name, message = kin(host.sampler_function(batch.p.sampler), settings.solver)
+    if message is not None:
+        host.comment(batch.p, message)
+    conds = (batch.conditioning, batch.unconditional_conditioning)
+    with host.prompted(batch.p, settings.positive, settings.negative, settings.cfg, conds) as source_conds:
+        asked = [getattr(settings, name) for name in ("solver", "cfg", "tolerance", "max_calls", "panel", "report")]
+        key = fingerprint(host.identity(batch.p, TITLE), source_conds, plan, asked)
+        if _last is None or _last[0] != key:
+            _last = None  # so that two inversions are never held
+            made = _walk_back(batch, plan, settings, source_conds, name)
+            if len(made.levels) < len(plan.levels.visited):
+                return made
+            _last = (key, made)
+    return _last[1]
+
+
+def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, Any], name: str) -> Inverted:
+    p, count = batch.p, len(plan.levels.visited)
+    progress = host.Progress(count, own_job=False)
+    reached: list[Level] = []
+    estimates: dict[int, Tensor] = {}
+    back: list[Tensor] = []
+
+    def body(function: Callable[..., Tensor], denoiser: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        model = host.GuidedModel(denoiser, options["extra_args"], p.sampler.config.total_steps(1) // CALLS[name])
+
+        def visit(level: Level) -> None:
+            reached.append(level)
+            if settings.panel and level.index in plan.levels.kept:
+                sigma = level.z.new_full((len(level.z),), level.sigma)
+                estimates[level.index] = model(level.z, sigma, CALLS[name] * (level.index - plan.start))
+            progress.at(len(reached), f"Inverting: level {len(reached)} of {count}, {model.calls} model calls")
+
+        limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
+        with host.untouched_draws():
+            walker = host.k_diffusion_function(name)
+            invert_(model, batch.x, plan.levels, settings.solver, walker, plan.prediction, visit, **limits)
+            if settings.report:
+                denoiser.step = 0
+                back.append(walker(denoiser, reached[-1].z, sigmas, extra_args=options["extra_args"], disable=True))
+        return start
+
+    batch.sample(plan, body, conds)
+    progress.done()
+    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
 
 
 def _masked(model: Callable[..., Tensor], source: Tensor, mask: Tensor | None) -> Callable[..., Tensor]:

@@ -7,18 +7,19 @@ what fails later from ``p.save_samples``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, animation, host, render, trajectory
+from . import __version__, animation, driven, host, render, trajectory
 from .driven import Batch, Plan
+from .inversion import kin
 from .noising import blend, walk
+from .replay import Recording, check_function
 from .schedule import levels
 from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
 from .timing import Timing
@@ -140,27 +141,52 @@ class Request:
         """Refuses what the sampler cannot do, then lets the host go on."""
         _unpatch(self.p, "init")
         name = self.p.sampler_name
-        if not host.has_sigmas(host.make_sampler(self.p)):
-            if self.samples:
-                detach(self.p)
-                raise host.RefusedError(
-                    f"Batch Unsampler: output: init needs a sampler with a sigma schedule, and {name!r} has timesteps; "
-                    "choose a k-diffusion sampler (Euler, DPM++, Heun, LMS, ...)"
-                )
+        sampler = host.make_sampler(self.p)
+        refused = self._refusal(sampler)
+        if refused:
+            detach(self.p)
+            raise host.RefusedError(f"Batch Unsampler: {refused}")
+        if not host.has_sigmas(sampler):
             host.comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
         if self.script is not None and self.wanted - {"init", "latents"}:
             host.comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
 
+    def _refusal(self, sampler: Any) -> str | None:
+        """Why this request cannot be done with its sampler, if it cannot."""
+        mode, driving = self.settings.mode, self.settings.mode != "noise"
+        if not host.has_sigmas(sampler):
+            if not self.samples and not driving:
+                return None
+            needs = "output: init" if self.samples else f"mode: {mode}"
+            return (
+                f"{needs} needs a sampler with a sigma schedule, and {self.p.sampler_name!r} has timesteps; "
+                "choose a k-diffusion sampler (Euler, DPM++, Heun, LMS, ...)"
+            )
+        refiner = host.refiner(self.p)
+        if driving and refiner is not None:
+            return f"refiner: {refiner!r} takes the model's place on the way; mode {mode} needs one model (None)"
+        try:
+            if mode == "invert":
+                kin(host.sampler_function(sampler), self.settings.solver)
+            elif mode == "replay":
+                check_function(sampler.func)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
         self._made, self._trajectory = [], None
         self._batch: tuple[Tensor, Tensor, Plan] | None = None
+        self._inverted: driven.Inverted | None = None
+        self._recording: Recording | None = None
         own = p.sampler.sample_img2img
-        if self.samples and self.wanted - {"init"} and p.iteration == 0:
-            host.add_jobs(p.n_iter)
+        if p.iteration == 0:
+            jobs = (self.settings.mode != "noise") + (self.samples and bool(self.wanted - {"init"}))
+            host.add_jobs(jobs * p.n_iter)
 
         def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
             return self._start(Batch(own, *args, **kwargs))
@@ -199,39 +225,56 @@ class Request:
         return Plan(walked, prediction, total, own_start=walked.kept[-1] == start)
 
     def _start(self, batch: Batch) -> Tensor:
-        """In place of the sampler's ``sample_img2img``: skips it, or starts it from z."""
-        x, noise = batch.x, batch.noise
+        """In place of the sampler's ``sample_img2img``: lets the model drive what it drives, then samples from there."""
+        x = batch.x
         try:
             if x.ndim > 4 and x.shape[2] > 1:
                 raise ValueError("videos are not supported, only pictures")
             plan = self.plan()
-            self._batch = (x.detach().clone(), noise.detach().clone(), plan)
-            plain = plan.own_start and self.settings.noise == "shared" and not self.settings.normalize
-            z = None if plain or not self.samples else self._handoff()
+            batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
+            self._batch = (batch.x, batch.noise, plan)
+            self._drive(batch, plan)
+            if self._inverted is not None or self._recording is not None:
+                host.next_job()
+            if not self.samples or host.stopped():
+                return x
+            if not plan.own_start:
+                overrides = f"end at step {plan.start} overrides the denoising strength"
+                host.comment(self.p, f"{overrides}: starts at step {plan.start} of {plan.total}")
+            return self._sample_from(batch, plan)
         except ValueError as error:
             self.error = host.RefusedError(f"Batch Unsampler: {error}")
-            return x
         except Exception as error:
             self.error = error
-            return x
-        if not self.samples:
-            return x
-        if not plan.own_start:
-            overrides = f"end at step {plan.start} overrides the denoising strength"
-            host.comment(self.p, f"{overrides}: starts at step {plan.start} of {plan.total}")
-        with nullcontext() if z is None else host.starting_from(self.p.sampler, z):
+        return x
+
+    def _drive(self, batch: Batch, plan: Plan) -> None:
+        """What needs the model's calls before any frame or latent is there."""
+        if self.settings.mode == "invert":
+            self._inverted = driven.invert(batch, plan, self.settings)
+            self._batch = (self._inverted.source, batch.noise, plan)
+        elif self.settings.mode == "replay" and self.wanted & {"init", "latents"}:
+            self._recording = driven.record(batch, plan, host.HostDraws(self.p, batch.noise), self.settings)
+
+    def _sample_from(self, batch: Batch, plan: Plan) -> Tensor:
+        """img2img's own sampling, from z at its start level."""
+        if self._recording is not None:
+            return driven.sample_replayed(batch, plan, self._recording, self.settings.skip)
+        by_noise = self.settings.mode == "noise"
+        if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
+            return batch.sample(plan)
+        *_, (_, z) = self._walk()
+        with host.starting_from(self.p.sampler, z):
             return batch.sample(plan)
 
-    def _walk(self) -> Any:
+    def _walk(self) -> Iterator[tuple[int, Tensor]]:
+        """Every kept level, least noisy first, as (schedule index, z)."""
         x, noise, plan = self._batch
+        if self._inverted is not None:
+            return self._inverted.kept(plan)
+        kind = "independent" if self.settings.mode == "replay" else self.settings.noise
         draws = host.HostDraws(self.p, noise)
-        return walk(x, plan.levels, draws, self.settings.noise, plan.prediction, self.settings.normalize)
-
-    def _handoff(self) -> Tensor:
-        z = None
-        for _, z in self._walk():
-            pass
-        return z
+        return walk(x, plan.levels, draws, kind, plan.prediction, self.settings.normalize)
 
     def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
         """Walks one batch: makes its frames' pictures and keeps its latents, as wanted."""
@@ -247,7 +290,7 @@ class Request:
             self._show(x, None, 0.0, progress)
         z = None
         for index, z in self._walk():
-            if progress.stopped:
+            if host.stopped():
                 break
             sigma = plan.levels.schedule[index]
             masked = blend(z, x, mask)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from fastapi import HTTPException
+from k_diffusion import sampling as k_sampling
 from modules import devices, extra_networks, images, processing, rng, sd_samplers, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
@@ -75,6 +76,12 @@ def selected_script(p: Any) -> str | None:
         return None
     script = p.scripts.selectable_scripts[args[0] - 1]
     return None if script is None else script.title()
+
+
+def refiner(p: Any) -> str | None:
+    """The checkpoint that is to take the model's place during the sampling, if one is."""
+    name = getattr(p, "refiner_checkpoint", None)
+    return None if name in (None, "", "None", "none") or getattr(p, "refiner_switch_at", None) == 1 else name
 
 
 def make_sampler(p: Any) -> Any:
@@ -261,6 +268,12 @@ def gallery_item(p: Any, file: Path, first: Image.Image, text: str) -> Any:
     return picture
 
 
+def stopped() -> bool:
+    """Whether the user pressed Interrupt or Skip."""
+    state = shared.state
+    return state.interrupted or state.skipped or getattr(state, "stopping_generation", False)
+
+
 class Progress:
     """The host's progress bar, live preview and buttons, while frames are made."""
 
@@ -274,16 +287,14 @@ class Progress:
         self._state.sampling_step = 0
         self._total = total
 
-    @property
-    def stopped(self) -> bool:
-        """Whether the user pressed Interrupt or Skip."""
-        state = self._state
-        return state.interrupted or state.skipped or getattr(state, "stopping_generation", False)
+    def at(self, number: int, text: str) -> None:
+        """``number`` of the job's parts (from 1) are done."""
+        self._state.sampling_step = number
+        self._state.textinfo = text
 
     def step(self, number: int, picture: Image.Image) -> None:
         """Frame ``number`` (from 1) is done."""
-        self._state.sampling_step = number
-        self._state.textinfo = f"Unsampling: frame {number} of {self._total}"
+        self.at(number, f"Unsampling: frame {number} of {self._total}")
         if shared.opts.live_previews_enable:
             self._state.assign_current_image(picture)
 
@@ -295,6 +306,11 @@ def add_jobs(count: int) -> None:
     """Tells the progress bar that more jobs than the host's own will run."""
     if shared.state.job_count > 0:
         shared.state.job_count += count
+
+
+def next_job() -> None:
+    """One of the jobs is done: the host's bar begins the next one's part."""
+    shared.state.nextjob()
 
 
 def comment(p: Any, text: str) -> None:
@@ -337,30 +353,23 @@ def sampler_function(sampler: Any) -> str:
 
 
 class GuidedModel:
-    """The host's guided denoiser, inpainting left out, for the images of one batch.
+    """The host's guided denoiser as :class:`~.inversion.Model`, for the images of one batch.
 
-    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's
-    own. ``call`` is the number of the sampling's own model call that a call mirrors: the host
-    looks prompt editing and its guidance minimum up by it.
+    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's own.
     """
 
-    def __init__(self, denoiser: Any, extra_args: dict[str, Any]) -> None:
+    def __init__(self, denoiser: Any, extra_args: dict[str, Any], stride: int = 1) -> None:
+        """``stride``: how many calls the host counts where the inverted sampler makes one."""
         self._denoiser = denoiser
         self._extra_args = extra_args
+        self._stride = stride
         self.calls = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
-        """
-        Arguments:
-            x: Latents with shape (b, C, [T,] H, W).
-            sigma: Their noise levels, with shape (b).
-            call: The number of the model call, from 0 at the start level.
-            images: Which images of the batch these are, with shape (b); None is all.
-        """
         args = self._extra_args if images is None else {k: _picked(v, images) for k, v in self._extra_args.items()}
-        self._denoiser.step = call
+        self._denoiser.step = call * self._stride  # the host looks prompt editing and guidance minimum up by it
         self.calls += 1
-        return self._denoiser(x, sigma.to(x), **args)
+        return self._denoiser(x, sigma, **args)
 
 
 def _picked(conds: Any, images: Tensor) -> Any:
@@ -375,6 +384,42 @@ def _picked(conds: Any, images: Tensor) -> Any:
         picked.shape = (len(picked.batch), *tuple(conds.shape)[1:])
         return picked
     return conds
+
+
+def k_diffusion_function(name: str) -> Callable[..., Tensor]:
+    """The host's own k-diffusion sampler of a name."""
+    return getattr(k_sampling, f"sample_{name}")
+
+
+@contextmanager
+def untouched_draws() -> Iterator[None]:
+    """Has k-diffusion's functions draw from no generator of the request's: some do so only to throw it away."""
+    with attribute(k_sampling, "torch", torch), untouched_generators():
+        yield
+
+
+SOURCE = (
+    *("init_images", "image_mask", "nmask", "width", "height", "resize_mode", "inpainting_fill", "inpaint_full_res"),
+    *("inpaint_full_res_padding", "inpainting_mask_invert", "mask_blur", "mask_blur_x", "mask_blur_y", "batch_size"),
+)
+SAMPLING = (
+    *("sampler_name", "scheduler", "s_min_uncond", "image_cfg_scale", "distilled_cfg_scale"),
+    *("extra_network_data", "disable_extra_networks"),
+)
+
+
+def identity(p: Any, title: str) -> tuple[Any, ...]:
+    """What the latents and the model's answers depend on, beside conditions and schedule.
+
+    The source is told by its pictures: the host encodes them with a random draw. Every other script's
+    arguments are among it, ours (the script of that title) are not.
+    """
+    drawn = p.seeds if getattr(p, "image_mask", None) is not None and getattr(p, "inpainting_fill", 0) == 2 else None
+    model = (id(p.sd_model), getattr(p.sd_model, "sd_model_hash", None), getattr(p.sd_model, "filename", None))
+    ours = next(script for script in p.scripts.alwayson_scripts if script.title() == title)
+    args = list(p.script_args)
+    del args[ours.args_from : ours.args_to]
+    return (*(getattr(p, name, None) for name in SOURCE + SAMPLING), drawn, model, args, shared.opts.data)
 
 
 def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -101,6 +101,7 @@ class StableDiffusionProcessingImg2Img:
     disable_extra_networks: bool = False
     eta: float = 1.0
     refiner_checkpoint: str = None
+    refiner_switch_at: float = None
     nmask: Any = None
     mask: Any = None
     overlay_images: list = None

@@ -29,6 +29,7 @@ class ScriptRunner:
     def __init__(self, script):
         self.script = script
         self.script.args_from = 1
+        self.alwayson_scripts = [script]
         self.selectable_scripts = []
         self.swallowed = []
 

@@ -24,8 +24,14 @@ class State:
         self.previews.append(image)
 
 
+class Options(SimpleNamespace):
+    @property
+    def data(self):
+        return vars(self)
+
+
 state = State()
-opts = SimpleNamespace(
+opts = Options(
     randn_source="CPU",
     eta_noise_seed_delta=0,
     img2img_fix_steps=False,
