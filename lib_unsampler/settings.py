@@ -34,6 +34,8 @@ SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
 MODELS = ("gaussian", "gaussian-flow", "mixture")
 OUTPUTS = ("frames", "animation", "contact sheet", "latents", "init")
 BOTH = ("cli", "host")
+TITLE = "Batch Unsampler"
+"""The script's name in the WebUI's page and API."""
 
 
 class SettingsError(ValueError):
