@@ -22,7 +22,8 @@ TARGETS = {
 }
 """Where results go: each target's file endings; none is a folder."""
 
-RESUMABLE = {"sampler", "cfg", "positive", "negative", "view", "reverse", "duration", "include_clean"}
+RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
+RESUMABLE |= {"view", "reverse", "duration", "include_clean"}
 """Fields that may differ from the trajectory that is resumed; the others are what it is."""
 
 EPILOG = """\
@@ -34,6 +35,7 @@ examples:
   python -m lib_unsampler cat.jpg -o cat.gif --steps 30 --noise path --end-at-step 10
   python -m lib_unsampler cat.jpg --latents cat.safetensors --resample back.png
   python -m lib_unsampler --resume cat.safetensors --resample sea.png --positive sea --cfg 3
+  python -m lib_unsampler cat.jpg --mode replay --sampler euler_ancestral --resample sea.png --resample-positive sea
 """
 
 
@@ -128,7 +130,8 @@ def check(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[s
     inputs = {k: given.get(k) for k in ("pictures", "resume", "mask", "size")}
     errors: list[str] = []
     try:
-        parse(settings, "cli")
+        later = {"skip"} if inputs["resume"] else set()  # allowed or not by the file's mode: checked when it is read
+        parse({k: v for k, v in settings.items() if k not in later}, "cli")
     except SettingsError as error:
         errors += error.errors
     if not targets:
@@ -172,7 +175,7 @@ def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]
     from . import standalone
 
     settings = parse(values, "cli")
-    if "resample" in targets:
+    if "resample" in targets or settings.mode == "replay":
         standalone.check_resampling(settings)
     standalone.plan_levels(settings)
     each = [parse({**values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]

@@ -110,8 +110,9 @@ def plain_options(function: Sampler, options: Mapping[str, Any]) -> dict[str, fl
     return {k: v for k, v in values.items() if isinstance(v, (int, float, str)) and not isinstance(v, bool)}
 
 
-def check_function(function: Sampler, **options: Any) -> None:
-    """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0."""
+def check_function(function: Sampler, sigmas: Tensor | None = None, **options: Any) -> None:
+    """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0, or on a
+    schedule (if it is given) of one step under a sampler that cannot sample that."""
     accepted = inspect.signature(function).parameters
     if "sigmas" not in accepted or "noise_sampler" not in accepted:
         raise ReplayError(
@@ -122,6 +123,8 @@ def check_function(function: Sampler, **options: Any) -> None:
     for name in ("eta", "s_noise"):
         if values.get(name) == 0:
             raise ReplayError(f"{name}: 0 leaves {name_of(function)!r} without noise, which replay needs (above 0)")
+    if sigmas is not None and len(sigmas) == 2 and name_of(function) in MULTISTEP:
+        raise ReplayError(f"skip: {name_of(function)!r} cannot sample a single step; start at a noisier level")
 
 
 class OpenNoise:
@@ -209,7 +212,7 @@ def record(
     Raises:
         ReplayError: for a sampler or options that cannot be replayed, or states that are not one per level.
     """
-    check_function(function, **options)
+    check_function(function, sigmas, **options)
     if states.shape != (len(sigmas) - 1, *source.shape):
         raise ReplayError(f"states: {tuple(states.shape)} are not one z for each of {len(sigmas) - 1} levels")
     recorder, shown = Recorder(sigmas, states, source, fresh, prediction), options.get("callback")
@@ -251,20 +254,19 @@ def replay(
         options: The sampler's keywords; ``noise_sampler`` is replaced.
 
     Raises:
-        ReplayError: for another sampler, schedule or options than the recorded ones, or for a skip
-            under a sampler that looks back over its steps.
+        ReplayError: as :func:`check_replay` says.
     """
-    _check_same(function, sigmas, recording, options)
+    check_replay(function, sigmas, recording, skip, **options)
     skip = min(skip, len(recording.states) - 1)
-    if skip and recording.sampler in MULTISTEP:
-        raise ReplayError(f"skip: {recording.sampler!r} looks back over its steps; its maps begin where they were made")
     maps = iter([noise for noise, step in zip(recording.maps, recording.steps) if step >= skip])
     run = {**options, "noise_sampler": lambda *_: next(maps)}
     out = function(model, recording.states[skip], sigmas[skip:], **run)
     return (out.cpu().double() + recording.residual).to(out)
 
 
-def _check_same(function: Sampler, sigmas: Tensor, recording: Recording, options: Mapping[str, Any]) -> None:
+def check_replay(function: Sampler, sigmas: Tensor, recording: Recording, skip: int = 0, **options: Any) -> None:
+    """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones, and for a
+    skip under a sampler that looks back over its steps."""
     if name_of(function) != recording.sampler:
         raise ReplayError(f"sampler: {name_of(function)!r} is not {recording.sampler!r}, which was recorded")
     if not torch.equal(sigmas.cpu().float(), recording.sigmas.cpu().float()):
@@ -273,3 +275,5 @@ def _check_same(function: Sampler, sigmas: Tensor, recording: Recording, options
     for name, value in recording.options.items():
         if now.get(name) != value:
             raise ReplayError(f"{name}: {now.get(name)!r} is not {value!r}, which was recorded")
+    if skip and recording.sampler in MULTISTEP:
+        raise ReplayError(f"skip: {recording.sampler!r} looks back over its steps; its maps begin where they were made")

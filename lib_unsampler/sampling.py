@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .embedded import Denoiser
 from .noising import SeededDraws
+from .settings import STOCHASTIC
 
 with warnings.catch_warnings():
     # k-diffusion pulls in clip, which warns about pkg_resources; no user can do anything about it.
@@ -19,16 +20,6 @@ with warnings.catch_warnings():
 
 SIGMA_RANGE = {"eps": (0.0291675, 14.614642), "flow": (0.03, 1.0)}
 """Lowest and highest sigma of the embedded models: SD 1's for sigma space, and up to pure noise on flow."""
-
-STOCHASTIC = (
-    "euler_ancestral",
-    "dpm_2_ancestral",
-    "dpmpp_2s_ancestral",
-    "dpmpp_sde",
-    "dpmpp_2m_sde",
-    "dpmpp_3m_sde",
-)
-"""Samplers that add noise at each step, by sigma space's rule."""
 
 
 def get_sigmas(scheduler: str, steps: int, prediction: str) -> Tensor:
@@ -54,6 +45,11 @@ def check_sampler(sampler: str, prediction: str) -> None:
         )
 
 
+def function(sampler: str) -> Callable[..., Tensor]:
+    """k-diffusion's own function of a sampler."""
+    return getattr(kd, f"sample_{sampler}")
+
+
 def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tuple[int, ...]) -> Tensor:
     """Carries latents down a schedule with a k-diffusion sampler.
 
@@ -72,8 +68,8 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
     """
     if (sigmas > 0).sum() == 1:
         return model(z, sigmas[:1].expand(len(z)))
-    function = getattr(kd, f"sample_{sampler}")
-    accepted = inspect.signature(function).parameters
+    own = function(sampler)
+    accepted = inspect.signature(own).parameters
     options = {}
     if sampler in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"):
         options["noise_sampler"] = _brownian(z, sigmas[sigmas > 0], seeds)
@@ -82,11 +78,11 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
         counter = iter(range(1, 2**31))
         options["noise_sampler"] = lambda *_: draws(next(counter)).to(z)
     if "sigmas" in accepted:
-        return function(model, z, sigmas, **options)
+        return own(model, z, sigmas, **options)
     span = (float(sigmas[sigmas > 0].min()), float(sigmas[0]))
     if sampler == "dpm_fast":
         options["n"] = len(sigmas) - 1
-    return function(model, z, *span, **options)
+    return own(model, z, *span, **options)
 
 
 def _brownian(z: Tensor, sigmas: Tensor, seeds: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -30,6 +30,15 @@ SAMPLERS = (
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
 )
+STOCHASTIC = (
+    "euler_ancestral",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "dpmpp_sde",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+)
+"""Those that add noise at each step, by sigma space's rule: what replay needs."""
 SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
 MODELS = ("gaussian", "gaussian-flow", "mixture")
 OUTPUTS = ("frames", "animation", "contact sheet", "latents", "init")
@@ -141,8 +150,16 @@ class Settings:
         "noise",
         "Mode",
         "noise: the forward process, no model call; invert: the model itself walks its schedule backwards, so that "
-        "sampling again gives the source.",
-        choices=("noise", "invert"),
+        "sampling again gives the source; replay: the picture becomes the very noises of an ancestral or SDE sampler: "
+        "its own prompt gives back every bit, another one an edit that keeps the structure.",
+        choices=("noise", "invert", "replay"),
+    )
+    skip: int = option(
+        0,
+        "Skip (replay: keep more of the picture)",
+        "Replay: leave out this many of the noisiest steps; more of the picture stays. At least one step remains.",
+        minimum=0,
+        maximum=10000,
     )
     seed: int = option(
         0,
@@ -176,21 +193,22 @@ class Settings:
     )
     cfg: float = option(
         1.0,
-        "CFG scale of the inversion",
-        "Invert: the guidance scale under which the model walks backwards; 1 is the positive prompt alone. "
+        "CFG scale for the source",
+        "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone. "
         "On the command line the resampling's scale too.",
         minimum=0.0,
         maximum=100.0,
     )
     positive: str = option(
         "",
-        "Prompt of the inversion (empty: img2img's own)",
-        "Invert: the prompt under which the model walks backwards. Empty is img2img's own; a space is an empty prompt. "
+        "Prompt for the source (empty: img2img's own)",
+        "Invert and replay: the prompt under which the model sees the source. Empty is img2img's own; a space is an "
+        "empty prompt. "
         "On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
     )
     negative: str = option(
         "",
-        "Negative prompt of the inversion (empty: img2img's own)",
+        "Negative prompt for the source (empty: img2img's own)",
         "What the guidance moves away from; as the prompt.",
     )
     solver: str = option(
@@ -330,9 +348,11 @@ def parse(values: Mapping[str, Any], surface: str) -> Settings:
             errors.append(f"{name}: {value!r} is not {allowed(known[name])}")
     if "init" in read.get("output", ()) and read.get("steps", 0) != 0:
         errors.append(f"steps: {read['steps']} is not 0, which init needs (its levels are img2img's own)")
-    errors += _contradictions(read)
+    errors += _contradictions(read) + _check_replay(read, surface)
     if errors:
         raise SettingsError(errors)
+    if read.get("mode") == "replay":
+        read["noise"] = "independent"
     return Settings(**read)
 
 
@@ -347,7 +367,19 @@ def _contradictions(read: Mapping[str, Any]) -> list[str]:
     for name in ("panel", "report"):
         if read.get(name, False) and not inverts:
             errors.append(f"{name}: true needs mode invert")
+    if read.get("mode") == "replay" and read.get("noise") == "path":
+        errors.append("noise: 'path' is not independent, which every level of mode replay is")
+    if read.get("mode") != "replay" and read.get("skip", 0):
+        errors.append(f"skip: {read['skip']} needs mode replay")
     return errors
+
+
+def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
+    """In the host the sampler is img2img's own, and known later."""
+    sampler = read.get("sampler", Settings.sampler)
+    if read.get("mode") != "replay" or surface != "cli" or sampler in STOCHASTIC:
+        return []
+    return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
 def parse_args(args: Sequence[Any], surface: str) -> tuple[bool, Settings]:

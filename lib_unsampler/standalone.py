@@ -10,6 +10,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from . import animation, render, sampling, trajectory
-from .embedded import guided, make_model, masked
+from . import animation, render, replay, sampling, trajectory
+from .embedded import Denoiser, guided, make_model, masked
 from .noising import SeededDraws, blend, walk
+from .replay import Recording
 from .schedule import Levels, levels
 from .settings import Settings, to_infotext
 from .timing import Timing
@@ -116,6 +118,25 @@ def replayed(saved: Trajectory, settings: Settings) -> Iterator[Step]:
         yield Step(index, float(sigma), z, show(z, saved.source, saved.mask, sigma, settings))
 
 
+def source_model(settings: Settings, source: Tensor, mask: Tensor | None) -> Denoiser:
+    """The embedded model under the source's own prompts and scale."""
+    return _model(settings, (settings.positive, settings.negative), settings.cfg, source, mask)
+
+
+def resampling_model(settings: Settings, source: Tensor, mask: Tensor | None) -> Denoiser:
+    """The embedded model under the resampling's prompts and scale."""
+    prompts = (settings.resample_positive or settings.positive, settings.resample_negative or settings.negative)
+    scale = settings.cfg if settings.resample_cfg < 0 else settings.resample_cfg
+    return _model(settings, prompts, scale, source, mask)
+
+
+def _model(
+    settings: Settings, prompts: tuple[str, str], scale: float, source: Tensor, mask: Tensor | None
+) -> Denoiser:
+    model = guided(*(make_model(settings.model, p, *source.shape[-2:]) for p in prompts), scale)
+    return model if mask is None else masked(model, source, mask)
+
+
 def carry_back(
     z: Tensor, source: Tensor, mask: Tensor | None, sigmas: Tensor, settings: Settings, path: Path
 ) -> None:
@@ -124,12 +145,43 @@ def carry_back(
     Arguments:
         z: The unmasked latent at ``sigmas[0]`` with shape (1, 3, H, W).
     """
-    height, width = z.shape[-2:]
-    prior = [make_model(settings.model, p, height, width) for p in (settings.positive, settings.negative)]
-    model = guided(*prior, settings.cfg)
-    if mask is not None:
-        model = masked(model, source, mask)
+    model = resampling_model(settings, source, mask)
     clean = blend(sampling.sample(model, z, sigmas, settings.sampler, (settings.seed,)), source, mask)
+    animation.write_png(path, render.to_pictures(clean)[0], parameters(settings))
+
+
+def recorded_levels(plan: Levels, settings: Settings) -> Levels:
+    """Every level that a replay samples: from ``skip`` steps below the walk's noisiest."""
+    return levels(plan.schedule, plan.kept[-1] + settings.skip)
+
+
+def remaining(plan: Levels) -> Tensor:
+    """The schedule from the walk's noisiest level to 0."""
+    return plan.schedule[plan.kept[-1] :]
+
+
+def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, quiet: bool) -> Recording:
+    """The picture as its sampler's noises."""
+    below = recorded_levels(plan, settings)
+    prediction = PREDICTION[settings.model]
+    draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
+    drawn = walk(source, below, draw, settings.noise, prediction, settings.normalize)
+    states = torch.stack([z for _, z in drawn])
+    fresh = (draw(j) for j in count(len(plan.schedule) - 1))
+    model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
+    return replay.record(function, model, remaining(below), states, source, fresh, prediction, disable=quiet)
+
+
+def play_back(
+    recording: Recording, skip: int, source: Tensor, mask: Tensor | None, settings: Settings, path: Path, quiet: bool
+) -> None:
+    """Samples a recording under the resampling's prompts and writes the picture it becomes.
+
+    Arguments:
+        skip: Steps to leave out at the recording's beginning.
+    """
+    model, function = resampling_model(settings, source, mask), sampling.function(settings.sampler)
+    clean = replay.replay(function, model, recording.sigmas, recording, skip, disable=quiet)
     animation.write_png(path, render.to_pictures(clean)[0], parameters(settings))
 
 
@@ -137,10 +189,13 @@ def check_resampling(settings: Settings) -> None:
     """Refuses what the embedded model cannot be sampled with, before any work.
 
     Raises:
-        ValueError: for an unknown prompt, or a sampler that is wrong for the prediction type.
+        ValueError: for an unknown prompt, or a sampler that is wrong for the prediction type or for a replay.
     """
+    if settings.mode == "replay":
+        sigmas = remaining(recorded_levels(plan_levels(settings), settings))
+        replay.check_function(sampling.function(settings.sampler), sigmas)
     sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
-    for prompt in (settings.positive, settings.negative):
+    for prompt in (settings.positive, settings.negative, settings.resample_positive, settings.resample_negative):
         make_model(settings.model, prompt, 1, 1)
 
 
@@ -163,6 +218,9 @@ def unsample_picture(
     plan = plan_levels(settings)
     steps = progression(source, plan, settings, mask)
     kept = _write(steps, plan.schedule, list(plan.kept), settings, targets, quiet)
+    recording = None
+    if settings.mode == "replay" and (targets.latents or targets.resample):
+        recording = record(source, plan, settings, mask, quiet)
     if targets.latents:
         result = Trajectory(
             z=torch.stack([blend(z, source, mask) for z in kept]),
@@ -174,20 +232,39 @@ def unsample_picture(
             seeds=(settings.seed,),
             mask=mask,
             handoff=None if mask is None else kept[-1],
+            replay=recording,
             settings=asdict(settings),
             info={"model": settings.model},
         )
         trajectory.save(result, targets.latents)
-    if targets.resample:
-        carry_back(kept[-1], source, mask, plan.schedule[plan.kept[-1] :], settings, targets.resample)
+    if targets.resample and recording is not None:
+        play_back(recording, 0, source, mask, settings, targets.resample, quiet)
+    elif targets.resample:
+        carry_back(kept[-1], source, mask, remaining(plan), settings, targets.resample)
 
 
 def resume(saved: Trajectory, settings: Settings, targets: Targets, quiet: bool = False) -> None:
     """Goes on from a saved trajectory: sampled back, and shown again, as wanted."""
+    skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
     indices = _indices(saved)
     _write(replayed(saved, settings), saved.schedule, indices, settings, targets, quiet)
-    if targets.resample:
+    if targets.resample and saved.replay is not None:
+        play_back(saved.replay, skip, saved.source, saved.mask, settings, targets.resample, quiet)
+    elif targets.resample:
         carry_back(saved.latent, saved.source, saved.mask, saved.remaining, settings, targets.resample)
+
+
+def check_saved(saved: Trajectory, recording: Recording, settings: Settings) -> int:
+    """How many steps of a saved recording ``skip`` leaves out: it counts from the trajectory's noisiest level.
+
+    Raises:
+        ValueError: if the maps begin only below the level that is asked for, or do not fit the settings.
+    """
+    begun = len(saved.schedule) - 1 - len(recording.states) - saved.start
+    if settings.skip < begun:
+        raise ValueError(f"skip: {settings.skip} is below {begun}, where the saved maps begin")
+    replay.check_replay(sampling.function(settings.sampler), recording.sigmas, recording, settings.skip - begun)
+    return settings.skip - begun
 
 
 def _indices(saved: Trajectory) -> list[int]:

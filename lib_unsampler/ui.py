@@ -17,7 +17,7 @@ GROUPS = (
     ("How the frames look", (("view", "duration"), ("include_clean", "reverse"))),
     (
         "The model walks backwards",
-        (("mode", "solver"), ("positive", "negative", "cfg"), ("tolerance", "max_calls"), ("panel", "report")),
+        (("mode", "solver"), ("positive", "negative", "cfg"), ("tolerance", "max_calls", "skip"), ("panel", "report")),
     ),
 )
 

@@ -237,6 +237,95 @@ def test_every_sampler_resamples_outside_the_mask_exactly(
     assert not torch.equal(pixels(back)[:, 16:], pixels(picture)[:, 16:])
 
 
+# Replay
+
+REPLAY = ("--mode", "replay", "--steps", "6", "--positive", "sunset", "--negative", "night", "--cfg", "7")
+EULER = (*REPLAY, "--sampler", "euler_ancestral")
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+def test_replay_gives_the_picture_back_and_another_prompt_edits_it(
+    sampler: str, masked: bool, picture: Path, half_mask: Path, tmp_path: Path
+) -> None:
+    """Pixel for pixel under the source's own prompt and scale; the edit is the same from the file."""
+    mask = ("--mask", half_mask) if masked else ()
+    start = (picture, *REPLAY, "--sampler", sampler, *mask)
+    run(*start, "--resample", tmp_path / "own.png", "--latents", tmp_path / "t.safetensors")
+    assert torch.equal(pixels(tmp_path / "own.png"), pixels(picture))
+    sea = ("--resample-positive", "sea", "--resample-cfg", 3)
+    run("--resume", tmp_path / "t.safetensors", "--resample", tmp_path / "later.png", *sea)
+    run(*start, "--resample", tmp_path / "once.png", *sea)
+    assert torch.equal(pixels(tmp_path / "later.png"), pixels(tmp_path / "once.png"))
+    changed = (pixels(tmp_path / "once.png").int() - pixels(picture).int()).abs()
+    assert changed[:, 16:].float().mean() > 5 and (int(changed[:, :16].max()) == 0) == masked
+
+
+def test_skip_keeps_more_of_the_picture_now_or_later(picture: Path, tmp_path: Path) -> None:
+    """It counts from end_at_step, and thinning the frames changes nothing."""
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    start = (*EULER, "--end-at-step", 1, "--step-increment", 2)
+    run(picture, *start, "--latents", whole)
+    run(picture, *start, "--latents", part, "--skip", 2)
+    differences = []
+    for skip in (0, 2, 3, 99):
+        edit, again, own = (tmp_path / f"{name}.png" for name in ("edit", "again", "own"))
+        run("--resume", whole, "--resample", edit, "--skip", skip, "--resample-positive", "sea")
+        run(picture, *start, "--resample", again, "--skip", skip, "--resample-positive", "sea")
+        assert (pixels(edit).int() - pixels(again).int()).abs().max() <= 1
+        run("--resume", whole if skip < 2 else part, "--resample", own, "--skip", skip)
+        assert torch.equal(pixels(own), pixels(picture))
+        differences.append((pixels(edit).int() - pixels(picture).int()).abs().float().mean())
+    assert differences == sorted(differences, reverse=True) and differences[-1] < 1 < 5 < differences[0]
+
+
+def test_replay_shows_the_independent_levels(picture: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    run(picture, *EULER, "--latents", one)
+    run(picture, "--steps", 6, "--noise", "independent", "--latents", other)
+    assert torch.equal(trajectory.load(one).z, trajectory.load(other).z)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--sampler", "euler"), "sampler: 'euler' adds no noise, which mode replay needs (one of euler_ancestral, "),
+        ((), "sampler: 'euler' adds no noise"),
+        (("--sampler", "dpmpp_sde", "--noise", "path"), "noise: 'path' is not independent"),
+        (("--sampler", "dpmpp_sde", "--model", "gaussian-flow"), "wrong on a flow model"),
+        (("--sampler", "dpmpp_2m_sde", "--skip", "99"), "skip: 'dpmpp_2m_sde' cannot sample a single step"),
+        (("--sampler", "dpmpp_sde", "--positive", "zebra"), "'zebra' is not a prompt"),
+        (("--mode", "noise", "--skip", "3"), "skip: 3 needs mode replay"),
+    ],
+    ids=lambda o: "_".join(o)[2:40] if isinstance(o, tuple) else "",
+)
+def test_what_cannot_be_replayed_is_refused(
+    options: tuple[str, ...], said: str, picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert said in refused(capsys, picture, "--mode", "replay", "--latents", tmp_path / "t.safetensors", *options)
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("recorded", "resumed", "said"),
+    [
+        (("--skip", "2"), ("--skip", "1"), "skip: 1 is below 2, where the saved maps begin"),
+        ((), ("--sampler", "dpmpp_sde"), "sampler: 'dpmpp_sde' is not 'euler_ancestral', which was recorded"),
+        (("--sampler", "dpmpp_3m_sde"), ("--skip", "1"), "skip: 'dpmpp_3m_sde' looks back over its steps"),
+        (("--mode", "noise"), ("--skip", "1"), "skip: 1 needs mode replay"),
+    ],
+    ids=["skip", "sampler", "multistep", "no maps"],
+)
+def test_what_saved_maps_cannot_do_is_refused(
+    recorded: tuple[str, ...], resumed: tuple[str, ...], said: str, picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run(picture, *EULER, *recorded, "--latents", tmp_path / "t.safetensors")
+    capsys.readouterr()
+    frames = tmp_path / "frames"
+    assert said in refused(capsys, "--resume", tmp_path / "t.safetensors", "--frames", frames, *resumed)
+    assert not frames.exists()
+
+
 # Several pictures
 
 

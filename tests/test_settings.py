@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib_unsampler.settings import (
+    SAMPLERS,
+    STOCHASTIC,
     Settings,
     SettingsError,
     allowed,
@@ -57,8 +59,11 @@ def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
     mended = {**values, "steps": 0} if "init" in values.get("output", ()) else dict(values)
     if mended["mode"] == "invert":
-        return {**mended, "noise": "shared", "normalize": False}
-    return {name: False if name in ("panel", "report") else value for name, value in mended.items()}
+        return {**mended, "noise": "shared", "normalize": False, "skip": 0}
+    mended |= {name: False for name in ("panel", "report") if name in mended}
+    if mended["mode"] == "replay":
+        return {**mended, "noise": "independent", **({"sampler": "dpmpp_sde"} if "sampler" in mended else {})}
+    return {**mended, "skip": 0}
 
 
 def errors_of(values: dict[str, Any], surface: str) -> list[str]:
@@ -84,8 +89,9 @@ def test_every_default_is_allowed_and_documented(case: tuple[str, Any]) -> None:
 def test_bounds_are_allowed_and_one_beyond_is_not(case: tuple[str, Any]) -> None:
     surface, f = case
     low, high = f.metadata["minimum"], f.metadata["maximum"]
+    mode = {"mode": "replay", **({"sampler": "dpmpp_sde"} if surface == "cli" else {})} if f.name == "skip" else {}
     for value in (low, high, str(low), str(high)):
-        assert getattr(parse({f.name: value}, surface), f.name) == type(f.default)(value)
+        assert getattr(parse({**mode, f.name: value}, surface), f.name) == type(f.default)(value)
     whole = type(f.default) is int
     below, above = (low - 1, high + 1) if whole else (math.nextafter(low, -math.inf), math.nextafter(high, math.inf))
     for value in (below, above, str(below), 10**400):
@@ -170,6 +176,35 @@ def test_what_does_not_go_with_the_mode_is_refused_by_name(field: str, value: An
     assert error.startswith(f"{field}: ") and "mode invert" in error
     other = {"invert": "noise", "noise": "invert"}[mode]
     assert getattr(parse({field: value, "mode": other}, "host"), field) == value
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mode": "replay", "noise": "path"}, "noise: 'path' is not independent"),
+        ({"skip": 3}, "skip: 3 needs mode replay"),
+        ({"mode": "invert", "skip": 3}, "skip: 3 needs mode replay"),
+        ({"mode": "replay", "panel": True}, "panel: true needs mode invert"),
+    ],
+)
+def test_what_replay_cannot_have_is_refused_by_name(values: dict[str, Any], said: str) -> None:
+    (error,) = errors_of(values, "host")
+    assert error.startswith(said)
+
+
+@pytest.mark.parametrize("noise", [{}, {"noise": "shared"}, {"noise": "independent"}])
+def test_replay_s_noise_is_independent(noise: dict[str, Any]) -> None:
+    """The accordion sends every field, so the default stands for no choice."""
+    assert parse({"mode": "replay", **noise}, "host").noise == "independent"
+
+
+def test_on_the_command_line_replay_needs_a_sampler_with_noise() -> None:
+    for sampler in SAMPLERS:
+        if sampler in STOCHASTIC:
+            assert parse({"mode": "replay", "sampler": sampler}, "cli").sampler == sampler
+        else:
+            (error,) = errors_of({"mode": "replay", "sampler": sampler}, "cli")
+            assert error.startswith(f"sampler: {sampler!r} adds no noise") and "dpmpp_sde" in error
 
 
 def test_settings_are_frozen() -> None:
