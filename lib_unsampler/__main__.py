@@ -23,7 +23,8 @@ TARGETS = {
 """Where results go: each target's file endings; none is a folder."""
 
 RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
-RESUMABLE |= {"view", "reverse", "duration", "include_clean"}
+RESUMABLE |= {"view", "include_clean", "captions"}
+RESUMABLE |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
 """Fields that may differ from the trajectory that is resumed; the others are what it is."""
 
 EPILOG = """\
@@ -66,7 +67,14 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"Batch Unsampler {__version__}")
     parser.add_argument("pictures", nargs="*", metavar="PICTURE", type=_path, help="picture files, or folders of them")
     files = parser.add_argument_group("what comes out (at least one)")
-    files.add_argument("-o", dest="animation", metavar="OUT.gif", type=_path, help="the moving noise progression")
+    files.add_argument(
+        "-o",
+        dest="animation",
+        metavar="OUT",
+        type=_path,
+        help=f"the moving noise progression, in the format of its ending: {', '.join(TARGETS['animation'])} "
+        "(.png as .apng; .mp4 needs PyAV: pip install av)",
+    )
     files.add_argument("--frames", metavar="DIR", type=_path, help="every frame as a PNG")
     files.add_argument("--sheet", metavar="OUT.png", type=_path, help="all frames on one page, each with its sigma")
     files.add_argument("--curve", metavar="OUT.png", type=_path, help="the sigma curve, kept levels marked")

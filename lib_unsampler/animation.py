@@ -24,6 +24,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import GifImagePlugin, Image, PngImagePlugin, features
 
+from . import video
 from .background import Background
 from .files import naming, spool, whole
 from .timing import Timing, ticks
@@ -185,8 +186,6 @@ class Animation:
     def __init__(self, path: Path, timing: Timing, text: str, background: Background) -> None:
         self._path, self._timing, self._text, self._background = path, timing, text, background
         self._format = FORMATS[path.suffix.lower()]
-        if self._format is WEBP and not features.check("webp"):
-            raise ValueError(f"{path}: this Pillow was built without WebP")
         _check_longest(path, timing, self._format)
         self._size: tuple[int, int] | None = None
         self._spool = spool(path)
@@ -240,6 +239,18 @@ def _check_longest(path: Path, timing: Timing, form: Format) -> None:
         raise ValueError(f"{path}: a frame is shown {timing.longest():g} s, above the format's {longest:g} s")
 
 
+def check_format(ending: str) -> None:
+    """Refuses a format that cannot be written here.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if ending == ".webp" and not features.check("webp"):
+        raise ValueError("this Pillow was built without WebP")
+    if ending == ".mp4":
+        video.load()
+
+
 def begin(path: Path, timing: Timing, text: str, background: Background) -> Animation | Video:
     """Begins the animation that the ending of ``path`` names; a context manager that forgets it at its end.
 
@@ -252,6 +263,7 @@ def begin(path: Path, timing: Timing, text: str, background: Background) -> Anim
     Raises:
         ValueError: if the format cannot hold it. OSError: if its folder cannot be written.
     """
+    check_format(path.suffix.lower())
     if path.suffix.lower() == ".mp4":
         return Video(path, timing, text)
     return Animation(path, timing, text, background)

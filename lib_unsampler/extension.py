@@ -8,25 +8,27 @@ what fails later from ``p.save_samples``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, animation, driven, host, render, trajectory
+from . import __version__, driven, host, render
+from .animation import check_format
 from .driven import Batch, Plan
+from .filing import ENDINGS, Filing, Reply
 from .inversion import kin
 from .noising import blend, walk
 from .replay import Recording, check_function
 from .schedule import levels
 from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
-from .timing import Timing
-from .trajectory import Trajectory
 
 PATCHED = ("init", "sample", "save_samples")
 PICTURES = {"frames", "animation", "contact sheet"}
+"""Outputs that need every level decoded."""
+
 HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
@@ -87,16 +89,6 @@ def _refuse(p: Any, message: str) -> None:
     _patch(p, "init", refuse)
 
 
-@dataclass(frozen=True)
-class Frame:
-    """One picture of one image of the batch, with the level it shows (step None: the source)."""
-
-    image: int
-    step: int | None
-    sigma: float
-    picture: Image.Image
-
-
 class Request:
     """The run of one request over all its batches."""
 
@@ -105,17 +97,8 @@ class Request:
         self.settings = settings
         self.wanted = set(settings.output)
         self.error: Exception | None = None
-        self.animations: list[Any] = []
-        self.sheets: list[Any] = []
-        self.frames: list[Any] = []
-        self.texts: dict[str, list[str]] = {"animations": [], "sheets": [], "frames": []}
-        self.manifest: dict[str, list[dict[str, Any]]] = {"animations": [], "sheets": [], "frames": []}
-        self.latents: list[str] = []
-        self.sigmas: list[float] = []
-        self._made: list[Frame] = []
-        self._trajectory: Trajectory | None = None
         self.script = host.selected_script(p)
-        self.stand_ins: list[tuple[Image.Image, str, dict[str, Any]]] = []
+        self.reply = Reply(host.GALLERY_LIMIT if self.script is None else 0)
 
     @property
     def samples(self) -> bool:
@@ -140,6 +123,8 @@ class Request:
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
         _unpatch(self.p, "init")
+        if "animation" in self.wanted:
+            self._check_format()
         name = self.p.sampler_name
         sampler = host.make_sampler(self.p)
         refused = self._refusal(sampler)
@@ -152,6 +137,13 @@ class Request:
         if self.script is not None and self.wanted - {"init", "latents"}:
             host.comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
+
+    def _check_format(self) -> None:
+        try:
+            check_format(ENDINGS[self.settings.format])
+        except ValueError as error:
+            detach(self.p)
+            raise host.RefusedError(f"Batch Unsampler: format: {error}") from None
 
     def _refusal(self, sampler: Any) -> str | None:
         """Why this request cannot be done with its sampler, if it cannot."""
@@ -179,7 +171,6 @@ class Request:
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
-        self._made, self._trajectory = [], None
         self._batch: tuple[Tensor, Tensor, Plan] | None = None
         self._inverted: driven.Inverted | None = None
         self._recording: Recording | None = None
@@ -277,160 +268,78 @@ class Request:
         return walk(x, plan.levels, draws, kind, plan.prediction, self.settings.normalize)
 
     def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
-        """Walks one batch: makes its frames' pictures and keeps its latents, as wanted."""
+        """Walks one batch; its levels are decoded in chunks and filed as they come."""
         shown = bool(self.wanted & PICTURES)
-        standing_in = self.script is not None and not self.samples
-        if not shown and not standing_in and "latents" not in self.wanted:
+        if not self.wanted - {"init"}:
             return
-        total = len(plan.levels.kept) + (shown and self.settings.include_clean)
-        progress = host.Progress(total, own_job=self.samples)
-        mask = getattr(self.p, "nmask", None)
-        kept: list[tuple[int, Tensor]] = []
-        if shown and self.settings.include_clean:
-            self._show(x, None, 0.0, progress)
-        z = None
-        for index, z in self._walk():
-            if host.stopped():
-                break
-            sigma = plan.levels.schedule[index]
-            masked = blend(z, x, mask)
-            if shown or (standing_in and index == plan.levels.kept[-1]):
-                view = render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
-                self._show(view, index, float(sigma), progress)
-            kept.append((index, masked.cpu() if "latents" in self.wanted else sigma))
-        self.sigmas = [float(plan.levels.schedule[index]) for index, _ in kept]
-        if "latents" in self.wanted and kept:
-            self._trajectory = self._record(kept, plan, x, mask, z)
+        begins_clean = shown and self.settings.include_clean
+        progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples)
+        mask, last = getattr(self.p, "nmask", None), None
+
+        def levels() -> Iterator[tuple[int | None, Tensor]]:
+            """Schedule index (None: the source) and what to decode."""
+            nonlocal last
+            if begins_clean:
+                yield None, x
+            for number, (index, z) in enumerate(self._walk(), 1):
+                if host.stopped():
+                    return
+                last, sigma, masked = z, plan.levels.schedule[index], blend(z, x, mask)
+                filing.level(index, masked)
+                if shown or (index == plan.start and not self.samples):
+                    yield index, render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
+                else:
+                    progress.step(number, None)
+
+        with self._filing(plan) as filing:
+            decoded = render.in_chunks(levels(), self._decode, host.decodable(x), host.free_memory)
+            for number, ((index, _), pictures) in enumerate(decoded, 1):
+                filing.pictures(index, pictures)
+                progress.step(number, pictures[-1])
+            progress.writing()
+            if last is None:
+                filing.abandon()  # interrupted before there was any noise
+            else:
+                filing.finish(self._save_samples(), x, mask, last, self._recording)
         progress.done()
 
-    def _show(self, latents: Tensor, step: int | None, sigma: float, progress: host.Progress) -> None:
-        decoded = torch.stack(host.decode(self.p, latents))
-        for image, picture in enumerate(render.to_pictures(decoded)):
-            self._made.append(Frame(image, step, sigma, host.overlaid(self.p, picture, image)))
-        progress.step(len(self._made) // len(latents), self._made[-1].picture)
+    def _filing(self, plan: Plan) -> Filing:
+        try:
+            return Filing(self.p, self.settings, plan, self.reply, self._save_samples())
+        except ValueError as error:
+            raise host.RefusedError(f"Batch Unsampler: {error}") from None
 
-    def _record(
-        self, kept: list[tuple[int, Tensor]], plan: Plan, x: Tensor, mask: Tensor | None, last: Tensor
-    ) -> Trajectory:
-        indices = [index for index, _ in kept]
-        p = self.p
-        return Trajectory(
-            z=torch.stack([z for _, z in kept]),
-            sigmas=plan.levels.schedule[indices],
-            schedule=plan.levels.schedule,
-            start=indices[-1],
-            source=x.cpu(),
-            prediction=plan.prediction,
-            seeds=tuple(int(seed) for seed in p.seeds),
-            mask=None if mask is None else mask.cpu().float(),
-            handoff=None if mask is None else last.cpu(),
-            settings=asdict(self.settings),
-            info={"model": str(p.sd_model_name), "sampler": str(p.sampler_name), "scheduler": str(p.scheduler)},
-        )
+    def _decode(self, levels: list[tuple[int | None, Tensor]]) -> list[list[Image.Image]]:
+        """The pictures of each level, one for each image, put back into their surroundings."""
+        latents = torch.cat([view for _, view in levels])
+        pictures = render.to_pictures(torch.stack(host.decode(self.p, latents)))
+        count = len(latents) // len(levels)
+        every = [host.overlaid(self.p, picture, number % count) for number, picture in enumerate(pictures)]
+        return [every[start : start + count] for start in range(0, len(every), count)]
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
-        """Once per batch, after its sampling: raises what failed, files what was made."""
+        """Once per batch, after its sampling: raises what failed."""
         if self.error is not None:
             error = self.error
             detach(self.p)
             raise error
-        save = self._save_samples(*args, **kwargs)
-        for image in range(len(self.p.prompts)):
-            self._file_animation([f for f in self._made if f.image == image], image, save)
-            self._file_sheet([f for f in self._made if f.image == image], image, save)
-        self._file_frames(save)
-        if self.script is not None and not self.samples:
-            self._stand_in()
-        self._file_latents()
-        self._made = []
-        return save and self.samples
-
-    def _file_animation(self, frames: list[Frame], image: int, save: bool) -> None:
-        if "animation" not in self.wanted or not frames:
-            return
-        text = host.infotext(self.p, image, {})
-        pictures = [f.picture for f in frames]
-        file = host.temporary_file(".gif")
-        timing = Timing([self.settings.duration] * len(pictures), reverse=self.settings.reverse)
-        animation.write(file, pictures, timing, text)
-        if save:
-            file = host.save_file(self.p, file, pictures[0], image, text, "-unsampling")
-        self.animations.append(host.gallery_item(self.p, file, pictures[0], text))
-        self._note("animations", text, {"kind": "animation", "image": self._number(image)})
-
-    def _file_sheet(self, frames: list[Frame], image: int, save: bool) -> None:
-        if "contact sheet" not in self.wanted or not frames:
-            return
-        text = host.infotext(self.p, image, {})
-        captions = [render.sigma_text(f.sigma) for f in frames]
-        sheet = render.contact_sheet([render.thumbnail(f.picture) for f in frames], captions)
-        sheet.info["parameters"] = text
-        if save:
-            host.save_picture(self.p, sheet, image, text, "-unsampling-sheet")
-        self.sheets.append(sheet)
-        self._note("sheets", text, {"kind": "contact sheet", "image": self._number(image)})
-
-    def _file_frames(self, save: bool) -> None:
-        if "frames" not in self.wanted:
-            return
-        for number, frame in enumerate(self._made):
-            level = {"sigma": f"{frame.sigma:.6g}"} | ({} if frame.step is None else {"step": frame.step})
-            extra = {INFOTEXT_PREFIX + "frame " + key: value for key, value in level.items()}
-            text = host.infotext(self.p, frame.image, extra)
-            frame.picture.info["parameters"] = text
-            if save:
-                order = number // len(self.p.prompts)
-                host.save_picture(self.p, frame.picture, frame.image, text, f"-z{order:03d}")
-            self.frames.append(frame.picture)
-            self._note("frames", text, self._entry(frame))
-
-    def _entry(self, frame: Frame) -> dict[str, Any]:
-        return {"kind": "frame", "image": self._number(frame.image), "step": frame.step, "sigma": frame.sigma}
-
-    def _stand_in(self) -> None:
-        """For a selectable script, which takes one picture for each image: the noisiest frame of each."""
-        for frame in self._made[-len(self.p.prompts) :]:
-            text = host.infotext(self.p, frame.image, {})
-            frame.picture.info.setdefault("parameters", text)
-            self.stand_ins.append((frame.picture, text, self._entry(frame)))
-
-    def _file_latents(self) -> None:
-        """The latents file is asked for by name, so it is written also where samples are not saved."""
-        if self._trajectory is None:
-            return
-        text = host.infotext(self.p, 0, {})
-        file = host.temporary_file(".safetensors")
-        trajectory.save(self._trajectory, file)
-        path = host.save_file(self.p, file, Image.new("RGB", (8, 8)), 0, text, "-unsampling").absolute()
-        self.latents.append(str(path))
-        host.comment(self.p, f"latents saved: {path}")
-
-    def _number(self, image: int) -> int:
-        """The number of an image over all batches, as in ``all_seeds``."""
-        return self.p.iteration * self.p.batch_size + image
-
-    def _note(self, kind: str, text: str, entry: dict[str, Any]) -> None:
-        self.texts[kind].append(text)
-        self.manifest[kind].append(entry)
+        return self._save_samples(*args, **kwargs) and self.samples
 
     def hand_over(self, processed: Any) -> None:
-        """Animations, then sheets, then frames, then (with init) the host's own images.
+        """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
 
-        A selectable script (X/Y/Z plot, loopback, SD upscale, ...) counts on one picture for each
+        Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z plot, loopback, SD upscale, ...) counts on one picture for each
         image, so under it there are only those.
         """
-        kinds = ("animations", "sheets", "frames")
-        items = [item for kind in kinds for item in getattr(self, kind)]
-        texts = [text for kind in kinds for text in self.texts[kind]]
-        notes = [entry for kind in kinds for entry in self.manifest[kind]]
-        if self.script is not None:
-            items, texts, notes = map(list, zip(*self.stand_ins)) if self.stand_ins else ([], [], [])
-        host.put_first(processed, items, texts, keep_own=self.samples)
+        items = self.reply.every()
+        if self.script is not None or not items:
+            items = [] if self.samples else self.reply.stand_ins
+        host.put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
-            INFOTEXT_PREFIX + "sigmas": self.sigmas,
-            INFOTEXT_PREFIX + "images": notes,
-            INFOTEXT_PREFIX + "latents": self.latents,
+            INFOTEXT_PREFIX + "sigmas": self.reply.sigmas,
+            INFOTEXT_PREFIX + "images": [item.note for item in items],
+            INFOTEXT_PREFIX + "latents": self.reply.latents,
         }

@@ -10,6 +10,7 @@ import base64
 import copy
 import functools
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from .files import whole
+
+
+GALLERY_LIMIT = 500
+"""Frames that the gallery and an API reply hold at most."""
 
 
 class RefusedError(HTTPException):
@@ -192,6 +197,34 @@ def decode(p: Any, latents: Tensor) -> list[Tensor]:
     return [picture.reshape(-1, *picture.shape[-3:])[0] for picture in made]  # some models have a time axis
 
 
+DECODER_BYTES = 2178
+"""What a VAE needs at its worst for each pixel and byte of its values (ComfyUI's and Forge's estimate)."""
+
+MOST_AT_ONCE = 16
+
+
+def decodable(latents: Tensor) -> int:
+    """How many batches like this one of latents, with shape (B, C, [T,] H, W), a GPU decodes at once; else 1."""
+    if devices.device.type != "cuda":
+        return 1
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    pixels = 64 * latents.shape[-1] * latents.shape[-2] * len(latents)
+    return int(min(MOST_AT_ONCE, max(1, 0.7 * free / (DECODER_BYTES * pixels * devices.dtype_vae.itemsize))))
+
+
+def free_memory() -> None:
+    """Gives back what the GPU keeps for reuse."""
+    devices.torch_gc()
+
+
+def timestep(p: Any, sigma: Tensor) -> float | None:
+    """The model's timestep of a noise level; None where it counts none."""
+    wrap = getattr(p.sampler, "model_wrap", None)
+    if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
+        return None
+    return float(wrap.sigma_to_t(sigma.reshape(1).to(devices.device)))
+
+
 def overlaid(p: Any, picture: Image.Image, index: int) -> Image.Image:
     """A picture of ``only masked`` or masked img2img, put back into its surroundings as the host does."""
     overlays = getattr(p, "overlay_images", None) or []
@@ -208,22 +241,23 @@ def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
         )
 
 
-def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> None:
-    """Saves a frame where and as the host saves its images."""
+def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> tuple[Path, ...]:
+    """Saves a picture where and as the host saves its images; returns the file, and its text file if there is one."""
     with attribute(p, "batch_index", index):  # file name patterns read it
-        images.save_image(
+        written = images.save_image(
             *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
             info=text,
             p=p,
             suffix=suffix,
         )
+    return tuple(Path(name) for name in written if name)
 
 
 def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str) -> Path:
     """Moves a finished file to the name the host would give an image, with its own ending.
 
-    The host names files only while it saves them, so it saves a small picture first, whose name
-    is then taken over.
+    The host names files only while it saves them, so it saves a picture first, whose name is then
+    taken over.
     """
     with attribute(p, "batch_index", index):
         name, _ = images.save_image(
@@ -231,13 +265,22 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
         )
     placeholder = Path(name)
     final = placeholder.with_suffix(made.suffix)
-    if shared.opts.save_images_replace_action != "Replace":
+    if final != placeholder and shared.opts.save_images_replace_action != "Replace":
         final = _free(final)
     with whole(final) as part:
-        part.write_bytes(made.read_bytes())
-    placeholder.unlink(missing_ok=True)
+        shutil.copyfile(made, part)
+    if final != placeholder:
+        placeholder.unlink(missing_ok=True)
     made.unlink(missing_ok=True)
     return final
+
+
+def saved_item(file: Path, text: str) -> Image.Image:
+    """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for."""
+    picture = Image.open(file)
+    picture.info["parameters"] = text
+    picture.already_saved_as = str(file)
+    return picture
 
 
 def _free(path: Path) -> Path:
@@ -258,13 +301,29 @@ def temporary_file(ending: str) -> Path:
     return Path(name)
 
 
-def gallery_item(p: Any, file: Path, first: Image.Image, text: str) -> Any:
-    """What stands for an animation in the results: base64 in the API, the moving file on the page."""
+def kept_file(file: Path) -> Path:
+    """A copy of a temporary file that outlives the request, for the page to show; the host cleans it up."""
+    kept = temporary_file(file.suffix)
+    os.replace(file, kept)
+    return kept
+
+
+def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str) -> Any:
+    """What stands for an animation in the results: base64 in the API, the moving file on the page.
+
+    The page's gallery plays no MP4: it shows the poster, and a remark names the file.
+    """
     if getattr(p, "is_api", False):
-        return base64.b64encode(file.read_bytes()).decode("ascii")
-    picture = first.copy()
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+        if not saved:
+            file.unlink()
+        return data
+    picture = poster.copy()
     picture.info["parameters"] = text
-    picture.already_saved_as = str(file)
+    if file.suffix == ".mp4":
+        comment(p, f"animation {'saved' if saved else 'for now'}: {file.absolute()}")
+    else:
+        picture.already_saved_as = str(file)
     return picture
 
 
@@ -292,11 +351,15 @@ class Progress:
         self._state.sampling_step = number
         self._state.textinfo = text
 
-    def step(self, number: int, picture: Image.Image) -> None:
-        """Frame ``number`` (from 1) is done."""
+    def step(self, number: int, picture: Image.Image | None) -> None:
+        """Frame ``number`` (from 1) is done; there may be no picture of it."""
         self.at(number, f"Unsampling: frame {number} of {self._total}")
-        if shared.opts.live_previews_enable:
+        if picture is not None and shared.opts.live_previews_enable:
             self._state.assign_current_image(picture)
+
+    def writing(self) -> None:
+        """The last frame is made; files are not."""
+        self._state.textinfo = "Unsampling: writing files"
 
     def done(self) -> None:
         self._state.textinfo = None

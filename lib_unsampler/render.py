@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -11,7 +14,13 @@ from torch import Tensor
 
 from .noising import variance_preserving
 
+Level = TypeVar("Level")
+
 SHEET_SIDE = 192
+SHEET_FRAMES = 400
+CAPTION_SHARE = 20
+"""A caption's letters are a twentieth of the frame's shorter side, but never below CAPTION_LEAST pixels."""
+CAPTION_LEAST = 9
 PAPER, INK, FAINT, ACCENT = (255, 255, 255), (34, 34, 34), (205, 205, 205), (196, 62, 28)
 
 
@@ -43,6 +52,53 @@ def viewed(
     return variance_preserving(z - still, sigma, prediction) + still
 
 
+def in_chunks(
+    levels: Iterable[Level],
+    decode: Callable[[list[Level]], list[list[Image.Image]]],
+    chunk: int,
+    recover: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Level, list[Image.Image]]]:
+    """Each level with its pictures, decoded several at a time: half as many from the moment memory runs out.
+
+    Arguments:
+        levels: Whatever ``decode`` takes, one after the other; at most ``chunk`` are taken ahead.
+        decode: Turns a list of levels into the pictures of each.
+        chunk: Levels to decode at once, at least 1.
+        recover: Gives memory back after it ran out.
+
+    Raises:
+        MemoryError: if not even one level can be decoded.
+    """
+    source, waiting = iter(levels), deque[Level]()
+    while True:
+        waiting.extend(islice(source, max(0, chunk - len(waiting))))
+        if not waiting:
+            return
+        taken = list(islice(waiting, chunk))
+        try:
+            decoded = decode(taken)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if len(taken) == 1:
+                raise MemoryError(f"out of memory: not even one frame can be decoded ({error})") from None
+            decoded = None
+        if decoded is None:  # outside of the handler, which keeps what the failed call had made
+            recover()
+            chunk = len(taken) // 2
+            continue
+        for pictures in decoded:
+            yield waiting.popleft(), pictures
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device's or the machine's memory is used up."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    text = str(error).lower()  # MPS and CPU tell it in words alone
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def sigma_text(sigma: float) -> str:
     """A sigma for a caption, spelled out: Pillow's built-in font has no Greek."""
     return f"sigma {sigma:.3g}"
@@ -59,6 +115,50 @@ def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
 def write_text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int) -> None:
     """Dark text in the built-in font with its top left corner at a point."""
     draw.text(at, text, fill=INK, font=font(size))
+
+
+def caption(step: int | None, sigma: float, timestep: float | None, noise: str) -> list[str]:
+    """What a frame's caption says, piece by piece; the source has only its sigma."""
+    if step is None:
+        return ["source", sigma_text(sigma)]
+    known = [] if timestep is None else [f"t {timestep:.0f}"]
+    return [f"step {step}", sigma_text(sigma), *known, noise]
+
+
+def captioned(frame: Image.Image, pieces: Sequence[str]) -> Image.Image:
+    """A copy of a frame with a caption along its lower edge, in lines that fit its width."""
+    page = frame.copy()
+    size = max(CAPTION_LEAST, round(min(frame.size) / CAPTION_SHARE))
+    gap = max(1, size // 4)
+    lines: list[Image.Image] = []
+    row: list[str] = []
+    for piece in [*pieces, None]:
+        mask = None if piece is None else _letters("  ".join([*row, piece]), size)
+        if row and (mask is None or mask.width > frame.width - 2 * gap):
+            lines.append(_letters("  ".join(row), size))
+            row = []
+        row += [] if piece is None else [piece]
+    top = page.height - sum(line.height + gap for line in lines) - gap
+    box = (0, max(0, top), page.width, page.height)
+    page.paste(page.crop(box).point(lambda v: v * 3 // 10), box)  # white is legible on any frame's three tenths
+    y = top + gap
+    for line in lines:
+        page.paste((255, 255, 255), (gap, y), line)
+        y += line.height + gap
+    return page
+
+
+def _letters(text: str, size: int) -> Image.Image:
+    """A line of text as a mask, ``size`` pixels high, in the built-in font."""
+    letters = font(size)
+    left, top, right, bottom = letters.getbbox(text)
+    _, low, _, deep = letters.getbbox("Ag0")
+    mask = Image.new("L", (max(1, right - left), max(1, deep - low)))
+    ImageDraw.Draw(mask).text((-left, -low), text, fill=255, font=letters)
+    if hasattr(letters, "path"):
+        return mask
+    scale = size / mask.height  # the font of one size only
+    return mask.resize((max(1, round(mask.width * scale)), size), Image.Resampling.LANCZOS)
 
 
 def thumbnail(frame: Image.Image) -> Image.Image:

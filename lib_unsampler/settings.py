@@ -41,7 +41,8 @@ STOCHASTIC = (
 """Those that add noise at each step, by sigma space's rule: what replay needs."""
 SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
 MODELS = ("gaussian", "gaussian-flow", "mixture")
-OUTPUTS = ("frames", "animation", "contact sheet", "latents", "init")
+OUTPUTS = ("frames", "animation", "contact sheet", "sigma curve", "latents", "init")
+FORMATS = ("gif", "webp", "apng", "mp4")
 BOTH = ("cli", "host")
 TITLE = "Batch Unsampler"
 """The script's name in the WebUI's page and API."""
@@ -86,8 +87,9 @@ class Settings:
     output: tuple[str, ...] = option(
         ("frames", "animation"),
         "Output",
-        "What comes out: each noise level as an image, the moving progression, one sheet of all frames, "
-        "a safetensors file of the latents, or (init) the latent from which img2img's own sampling starts.",
+        "What comes out: each noise level as an image, the moving progression, one sheet of all frames (of 400 "
+        "where there are more), a picture of the schedule with the kept levels marked, a safetensors file of the "
+        "latents, or (init) the latent from which img2img's own sampling starts.",
         choices=OUTPUTS,
         surfaces=("host",),
     )
@@ -142,9 +144,52 @@ class Settings:
     duration: float = option(
         0.1,
         "Seconds per frame",
-        "Seconds each frame of the animation is shown (GIF rounds to 1/100 s).",
+        "Seconds each frame of the animation is shown: 0.04 is 25 frames per second (GIF rounds to 1/100 s).",
         minimum=0.02,
         maximum=60.0,
+    )
+    timing: str = option(
+        "even",
+        "Timing",
+        "even: every frame for the same time; log sigma: each for its share of the way from picture to noise "
+        "on a logarithmic scale, with the seconds per frame as the mean.",
+        choices=("even", "log sigma"),
+    )
+    hold_first: float = option(
+        0.0,
+        "Hold the first frame",
+        "Seconds the first frame shown stays beyond its own.",
+        minimum=0.0,
+        maximum=60.0,
+    )
+    hold_last: float = option(
+        0.0,
+        "Hold the last frame",
+        "Seconds the last frame shown stays beyond its own (there and back: the one it turns at).",
+        minimum=0.0,
+        maximum=60.0,
+    )
+    ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.")
+    loop: int = option(
+        0,
+        "Plays (0: for ever)",
+        "How often the animation plays. MP4 leaves it to the player.",
+        minimum=0,
+        maximum=65535,
+    )
+    captions: bool = option(
+        False,
+        "Captions",
+        "Write step, sigma, timestep (where the model has them) and noise kind on every frame of the pictures "
+        "and the animation.",
+    )
+    format: str = option(
+        "gif",
+        "Animation format",
+        "gif: plays everywhere, 256 colours a frame; webp: small and in true colour; apng: without any loss, large; "
+        "mp4: the smallest, needs PyAV (pip install av in the WebUI's environment).",
+        choices=FORMATS,
+        surfaces=("host",),
     )
     mode: str = option(
         "noise",

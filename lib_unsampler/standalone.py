@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -19,17 +19,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import animation, render, replay, sampling, trajectory
+from .background import Background
 from .embedded import Denoiser, guided, make_model, masked
 from .noising import SeededDraws, blend, walk
+from .reel import Reel
 from .replay import Recording
 from .schedule import Levels, levels
 from .settings import Settings, to_infotext
-from .timing import Timing
 from .trajectory import Trajectory
 
 PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
 DEFAULT_STEPS = 20
 FRAME_NAME = re.compile(r"\d{5,}_sigma_\d+\.\d{4}\.png")
+
+
+CHUNK_VALUES = 2**22
+"""Values of latents that are turned into pictures at once."""
+
+Level = tuple[int, Tensor, Tensor, Tensor]
+"""Schedule index, sigma, z and the masked z of one level."""
 
 
 @dataclass(frozen=True)
@@ -90,32 +98,32 @@ def _to_tensor(picture: Image.Image) -> Tensor:
     return data.reshape(1, picture.height, picture.width, -1).permute(0, 3, 1, 2).float() / 255
 
 
-def show(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, settings: Settings) -> Image.Image:
-    """The picture of one level of one image; z is masked already and has shape (1, 3, H, W)."""
-    latent = render.viewed(z, source, mask, sigma, PREDICTION[settings.model], settings.view)
-    return render.to_pictures(latent)[0]
-
-
-def _clean_step(source: Tensor, settings: Settings) -> Iterator[Step]:
-    if settings.include_clean:
-        yield Step(None, 0.0, source, render.to_pictures(source)[0])
-
-
 def progression(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None) -> Iterator[Step]:
     """Every frame of a picture, least noisy first; each step's z is the unmasked one."""
-    yield from _clean_step(source, settings)
     draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
-    prediction = PREDICTION[settings.model]
-    for index, z in walk(source, plan, draw, settings.noise, prediction, settings.normalize):
-        sigma = plan.schedule[index]
-        yield Step(index, float(sigma), z, show(blend(z, source, mask), source, mask, sigma, settings))
+    walked = walk(source, plan, draw, settings.noise, PREDICTION[settings.model], settings.normalize)
+    levels = ((index, plan.schedule[index], z, blend(z, source, mask)) for index, z in walked)
+    return _shown(levels, source, mask, settings)
 
 
 def replayed(saved: Trajectory, settings: Settings) -> Iterator[Step]:
     """The frames of a saved trajectory, least noisy first."""
-    yield from _clean_step(saved.source, settings)
-    for index, sigma, z in zip(_indices(saved), saved.sigmas, saved.z):
-        yield Step(index, float(sigma), z, show(z, saved.source, saved.mask, sigma, settings))
+    levels = ((index, sigma, z, z) for index, sigma, z in zip(_indices(saved), saved.sigmas, saved.z))
+    return _shown(levels, saved.source, saved.mask, settings)
+
+
+def _shown(levels: Iterable[Level], source: Tensor, mask: Tensor | None, settings: Settings) -> Iterator[Step]:
+    """The steps of these levels with their pictures, the source before them if it is wanted."""
+
+    def decode(taken: list[Level]) -> list[list[Image.Image]]:
+        views = [render.viewed(m, source, mask, s, PREDICTION[settings.model], settings.view) for _, s, _, m in taken]
+        return [[picture] for picture in render.to_pictures(torch.cat(views))]
+
+    if settings.include_clean:
+        yield Step(None, 0.0, source, render.to_pictures(source)[0])
+    chunk = max(1, CHUNK_VALUES // source.numel())
+    for (index, sigma, z, _), (picture,) in render.in_chunks(levels, decode, chunk):
+        yield Step(index, float(sigma), z, picture)
 
 
 def source_model(settings: Settings, source: Tensor, mask: Tensor | None) -> Denoiser:
@@ -217,30 +225,41 @@ def unsample_picture(
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted."""
     plan = plan_levels(settings)
     steps = progression(source, plan, settings, mask)
-    kept = _write(steps, plan.schedule, list(plan.kept), settings, targets, quiet)
-    recording = None
-    if settings.mode == "replay" and (targets.latents or targets.resample):
-        recording = record(source, plan, settings, mask, quiet)
-    if targets.latents:
-        result = Trajectory(
-            z=torch.stack([blend(z, source, mask) for z in kept]),
-            sigmas=plan.sigmas,
-            schedule=plan.schedule,
-            start=plan.kept[-1],
-            source=source,
-            prediction=PREDICTION[settings.model],
-            seeds=(settings.seed,),
-            mask=mask,
-            handoff=None if mask is None else kept[-1],
-            replay=recording,
-            settings=asdict(settings),
-            info={"model": settings.model},
-        )
-        trajectory.save(result, targets.latents)
+    with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
+        last = _write(with_latents(steps, kept, source, mask), plan.schedule, list(plan.kept), settings, targets, quiet)
+        recording = None
+        if settings.mode == "replay" and (targets.latents or targets.resample):
+            recording = record(source, plan, settings, mask, quiet)
+        if kept is not None:
+            result = Trajectory(
+                z=kept.outline,
+                sigmas=plan.sigmas,
+                schedule=plan.schedule,
+                start=plan.kept[-1],
+                source=source,
+                prediction=PREDICTION[settings.model],
+                seeds=(settings.seed,),
+                mask=mask,
+                handoff=None if mask is None else last,
+                replay=recording,
+                settings=asdict(settings),
+                info={"model": settings.model},
+            )
+            trajectory.save(result, targets.latents, kept)
     if targets.resample and recording is not None:
         play_back(recording, 0, source, mask, settings, targets.resample, quiet)
     elif targets.resample:
-        carry_back(kept[-1], source, mask, remaining(plan), settings, targets.resample)
+        carry_back(last, source, mask, remaining(plan), settings, targets.resample)
+
+
+def with_latents(
+    steps: Iterable[Step], kept: trajectory.Kept | None, source: Tensor, mask: Tensor | None
+) -> Iterator[Step]:
+    """The same steps; each level's masked z goes into ``kept`` on the way."""
+    for step in steps:
+        if kept is not None and step.index is not None:
+            kept.add(blend(step.z, source, mask))
+        yield step
 
 
 def resume(saved: Trajectory, settings: Settings, targets: Targets, quiet: bool = False) -> None:
@@ -289,42 +308,33 @@ def _write(
     settings: Settings,
     targets: Targets,
     quiet: bool,
-) -> list[Tensor]:
-    """Runs the steps through every writer that is wanted.
-
-    Returns:
-        z of every noisy level if the latents are wanted, else of the last alone.
-    """
+) -> Tensor:
+    """Runs the steps through every writer that is wanted; returns the noisiest z."""
     text = parameters(settings)
-    total = len(indices) + settings.include_clean
-    kept: list[Tensor] = []
-    small: list[tuple[Image.Image, str]] = []
+    sigmas = [0.0] * settings.include_clean + schedule[indices].tolist()
     stale = {f for f in targets.frames.glob("*.png") if FRAME_NAME.fullmatch(f.name)} if targets.frames else set()
-
-    def through() -> Generator[Image.Image, None, None]:
-        for number, step in enumerate(tqdm(steps, "unsampling", total, unit="frame", disable=quiet)):
+    with ExitStack() as stack:
+        background = stack.enter_context(Background())
+        begun = Reel(settings, sigmas, text, background, targets.animation, targets.sheet is not None)
+        reel = stack.enter_context(begun)
+        bar = stack.enter_context(tqdm(steps, "unsampling", len(sigmas), unit="frame", disable=quiet))
+        for number, step in enumerate(bar):
+            picture = reel.add(step.picture, step.index, None)
             if targets.frames:
-                name = f"{number:05d}_sigma_{step.sigma:.4f}.png"
-                animation.write_png(targets.frames / name, step.picture, text)
-                stale.discard(targets.frames / name)
-            if targets.sheet:
-                small.append((render.thumbnail(step.picture), render.sigma_text(step.sigma)))
-            if step.index is not None:
-                if not targets.latents:
-                    kept.clear()
-                kept.append(step.z)
-            yield step.picture
-
-    with closing(through()) as forward:  # ends the progress bar before any message about what went wrong
-        if targets.animation:
-            animation.write(targets.animation, forward, Timing([settings.duration] * total, reverse=settings.reverse), text)
-        else:
-            for _ in forward:
-                pass
+                path = targets.frames / f"{number:05d}_sigma_{step.sigma:.4f}.png"
+                size = 3 * picture.width * picture.height
+                background.submit(size, stale.discard, _write_frame, path, picture, text)
+        sheet = reel.finish()
+        background.finish()
     for leftover in stale:  # of an earlier run into the same folder
         leftover.unlink()
     if targets.sheet:
-        animation.write_png(targets.sheet, render.contact_sheet(*zip(*small)), text)
+        animation.write_png(targets.sheet, sheet, text)
     if targets.curve:
         animation.write_png(targets.curve, render.sigma_curve(schedule, indices), text)
-    return kept
+    return step.z
+
+
+def _write_frame(path: Path, picture: Image.Image, text: str) -> Path:
+    animation.write_png(path, picture, text)
+    return path

@@ -9,17 +9,17 @@ unpickles anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import whole
+from .files import naming, spool, whole
 from .noising import PREDICTIONS
 from .replay import Recording
 
@@ -113,14 +113,60 @@ def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
     return len(shape) <= len(onto) and all(one in (1, other) for one, other in pairs)
 
 
-def save(trajectory: Trajectory, path: Path) -> None:
-    """Writes a trajectory file; it appears under its name only when whole."""
+class Kept:
+    """The levels of a trajectory that is being made, on disk one after the other; forgotten on exit."""
+
+    def __init__(self, path: Path) -> None:
+        """``path`` is the trajectory file to be: its folder has room for it, or else nothing is begun."""
+        self._path = path
+        self._file = spool(path)
+        self._count = 0
+        self._level = torch.empty(0, device="meta")
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, z: Tensor) -> None:
+        """Takes the next noisier level, with shape (B, C, [T,] H, W)."""
+        self._level = torch.empty_like(z, device="meta")
+        with naming(self._path):
+            self._file.write(_bytes(z))
+        self._count += 1
+
+    @property
+    def outline(self) -> Tensor:
+        """A tensor of the levels' shape and type without their data."""
+        return self._level.expand(self._count, *self._level.shape)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Every level's data."""
+        self._file.seek(0)
+        length = self._level.element_size() * self._level.numel()
+        return (self._file.read(length) for _ in range(self._count))
+
+
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""The types of latents by their names in safetensors."""
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
+    """Writes a trajectory file; it appears under its name only when whole.
+
+    Arguments:
+        kept: The data of ``trajectory.z``, where that is only an outline.
+    """
     names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
-    found = {name: getattr(trajectory, name) for name in names}
+    tensors = {name: getattr(trajectory, name) for name in names}
     if trajectory.replay is not None:
-        found |= {name: getattr(trajectory.replay, name) for name in REPLAY_TENSORS}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in found.items()}
-    tensors = {name: t if name == "z" else t.clone() for name, t in tensors.items()}  # safetensors refuses views
+        tensors |= {name: getattr(trajectory.replay, name) for name in REPLAY_TENSORS}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -133,8 +179,23 @@ def save(trajectory: Trajectory, path: Path) -> None:
     if trajectory.replay is not None:
         about = {name: getattr(trajectory.replay, name) for name in ("sampler", "options", "steps")}
         metadata["replay"] = json.dumps(about)
-    with whole(path) as part:
-        save_file(tensors, part, metadata)
+    with whole(path) as part, part.open("wb") as file:
+        file.write(_head(tensors, metadata))
+        for name, tensor in tensors.items():
+            for data in kept if name == "z" and kept is not None else [_bytes(tensor)]:
+                file.write(data)
+
+
+def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The beginning of a safetensors file: the header's length, then a JSON of types, shapes and places."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # data aligned for every type
+    return struct.pack("<Q", len(text)) + text
 
 
 def load(path: Path) -> Trajectory:

@@ -14,7 +14,11 @@ GROUPS = (
     ("What comes out", (("output",),)),
     ("How far into the noise", (("steps", "end_at_step", "step_increment"),)),
     ("Which noise", (("noise", "normalize"),)),
-    ("How the frames look", (("view", "duration"), ("include_clean", "reverse"))),
+    ("How the frames look", (("view",), ("include_clean", "captions"))),
+    (
+        "How the animation plays",
+        (("format", "timing"), ("duration", "hold_first", "hold_last", "loop"), ("reverse", "ping_pong")),
+    ),
     (
         "The model walks backwards",
         (("mode", "solver"), ("positive", "negative", "cfg"), ("tolerance", "max_calls", "skip"), ("panel", "report")),

@@ -62,7 +62,7 @@ def forget_host() -> None:
 
     for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
         del sys.modules[name]
-    for name in ("driven", "extension", "host", "ui"):
+    for name in ("extension", "driven", "filing", "host", "ui"):
         sys.modules.pop(f"lib_unsampler.{name}", None)
         vars(lib_unsampler).pop(name, None)
 
@@ -354,7 +354,7 @@ def test_interrupt_keeps_what_was_done(host: SimpleNamespace, monkeypatch: pytes
     kinds = [n["kind"] for n in processed.extra_generation_params["Unsampler images"]]
     assert kinds == ["animation"] + ["frame"] * 3
     assert Image.open(io.BytesIO(base64.b64decode(processed.images[0]))).n_frames == 3
-    assert not host.out.exists()  # the host's setting: incomplete images are not saved
+    assert not any(host.out.iterdir())  # the host's setting: incomplete images are not saved
 
 
 @pytest.mark.parametrize("output", [["frames"], ["init", "frames"]])
@@ -628,7 +628,7 @@ def test_neo_tells_save_samples_about_videos(host: SimpleNamespace, monkeypatch:
         p.save_samples = lambda: ours(is_video=False)
 
     host.processing.process_images(p)
-    assert asked == [False]
+    assert set(asked) == {False}
 
 
 @pytest.mark.parametrize("times", [1, 3])
