@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_unsampler.bench import replay as bench
 from lib_unsampler.embedded import Denoiser, GaussianPrior, guided, make_model, masked
 from lib_unsampler.noising import SeededDraws, walk
 from lib_unsampler.replay import MULTISTEP, Recorder, Recording, ReplayError, check_function, record, replay
@@ -325,3 +326,17 @@ def test_what_differs_from_the_recording_is_refused_by_name() -> None:
         Recording(**{**vars(recording), "maps": recording.maps[1:]})
     with pytest.raises(ReplayError, match="do not fit residual"):
         Recording(**{**vars(recording), "states": recording.states[1:]})
+
+
+def test_the_bench_compares_at_equal_calls() -> None:
+    world = World("gaussian")
+    found = {name: bench.measure(name, "gaussian", 1.0, world.source, world.sigmas) for name in bench.METHODS}
+    calls = {name: r["calls"] for name, r in found.items()}
+    two_calls, solved = calls.pop("replay, DPM++ SDE"), calls.pop("exact inversion, Euler")
+    assert set(calls.values()) == {2 * STEPS} and two_calls == 2 * (2 * STEPS - 1) and solved > 2 * STEPS
+    assert {name for name, r in found.items() if r["exact"]} == {
+        "replay, Euler a", "replay, DPM++ 2M SDE", "replay, DPM++ SDE"
+    }  # fmt: skip
+    fine = get_sigmas("karras", 8 * STEPS, "eps")
+    coarse = found["FlipSigmas, Euler"]["db"]
+    assert bench.measure("FlipSigmas, Euler", "gaussian", 1.0, world.source, fine)["db"] > coarse + 6
