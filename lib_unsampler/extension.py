@@ -35,8 +35,10 @@ HOST_FIELDS = {f.name for f in surface_fields("host")}
 def attach(p: Any, args: Sequence[Any]) -> None:
     """Prepares a request from the script's arguments; never raises, since the host would swallow it."""
     detach(p)
+    for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
+        del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
-        enabled, settings = parse_args(args, "host")
+        enabled, settings = parse_args(args, "host", host.field_defaults())
         if enabled:
             Request(p, settings).attach()
     except SettingsError as error:

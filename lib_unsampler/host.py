@@ -12,19 +12,21 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import HTTPException
 from k_diffusion import sampling as k_sampling
-from modules import devices, extra_networks, images, processing, rng, sd_samplers, sd_samplers_common, shared
+from modules import devices, extra_networks, images, processing, rng, scripts, sd_samplers, sd_samplers_common, shared
 from PIL import Image
 from torch import Tensor
 
 from .files import whole
+from .settings import TITLE, Preferences, parse_preferences
 
 
 GALLERY_LIMIT = 500
@@ -87,6 +89,65 @@ def refiner(p: Any) -> str | None:
     """The checkpoint that is to take the model's place during the sampling, if one is."""
     name = getattr(p, "refiner_checkpoint", None)
     return None if name in (None, "", "None", "none") or getattr(p, "refiner_switch_at", None) == 1 else name
+
+
+def _span(p: Any) -> slice:
+    """Where this script's arguments are among the request's."""
+    script = next(script for script in p.scripts.alwayson_scripts if script.title() == TITLE)
+    return slice(script.args_from, script.args_to)
+
+
+def arguments(p: Any) -> list[Any]:
+    """This script's arguments of a request."""
+    return list(p.script_args[_span(p)])
+
+
+def set_arguments(p: Any, args: Sequence[Any]) -> None:
+    """Gives this script other arguments in this request alone; the list itself may belong to others too."""
+    span, every = _span(p), list(p.script_args)
+    every[span] = [*args, *every[span][len(args) :]]
+    p.script_args = every
+
+
+def xyz_plot() -> Any:
+    """The module of the X/Y/Z plot, or None where there is none."""
+    modules = (data.module for data in scripts.scripts_data if data.script_class.__module__ == "xyz_grid.py")
+    return next(modules, None)
+
+
+PREFERENCE = "batch_unsampler_"
+"""Before the names of the extension's preferences among the WebUI's own."""
+
+
+def add_preferences(components: Mapping[str, tuple[Any, dict[str, Any]]]) -> None:
+    """Puts the extension's section into the Settings tab.
+
+    Arguments:
+        components: Each preference's gradio component and its arguments, by the preference's name.
+    """
+    for f in fields(Preferences):
+        component, settings = components[f.name]
+        folder = f.name.endswith("folder")  # no API client chooses where files go, nor a page that hides folders
+        shown = {**settings, **(shared.hide_dirs if folder else {})}
+        option = shared.OptionInfo(
+            *(f.default, f.metadata["label"], component, shown), section=("batch_unsampler", TITLE), restrict_api=folder
+        )
+        shared.opts.add_option(PREFERENCE + f.name, option.info(f.metadata["help"]))
+
+
+def preferences() -> Preferences:
+    """What the Settings tab says now.
+
+    Raises:
+        SettingsError: naming each preference that is out of its bounds.
+    """
+    keys = {f.name: PREFERENCE + f.name for f in fields(Preferences)}
+    return parse_preferences({name: getattr(shared.opts, k) for name, k in keys.items() if hasattr(shared.opts, k)})
+
+
+def field_defaults() -> dict[str, Any]:
+    """The fields whose default is a preference; one out of its bounds is left for the request to refuse."""
+    return {"duration": getattr(shared.opts, PREFERENCE + "duration", Preferences.duration)}
 
 
 def make_sampler(p: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 SAMPLERS = (
@@ -312,6 +313,38 @@ class Settings:
     )
 
 
+@dataclass(frozen=True)
+class Preferences:
+    """What a WebUI's owner sets once, in its Settings tab, rather than with each request."""
+
+    duration: float = option(
+        0.1,
+        "Seconds per frame to begin with",
+        "What the accordion's field shows after a reload of the UI, and what an API request without it gets.",
+        minimum=0.02,
+        maximum=60.0,
+    )
+    gallery_limit: int = option(
+        500,
+        "Most frames shown of one run",
+        "In the gallery and in an API reply. The others are only saved, and the result's info says so.",
+        minimum=1,
+        maximum=100000,
+    )
+    megapixels: int = option(
+        20000,
+        "Most work of one run, in megapixels",
+        "Frames x width x height of a batch count x size. A larger request is refused before any work.",
+        minimum=1,
+        maximum=10**9,
+    )
+    animation_folder: str = option(
+        "",
+        "Folder of the animations",
+        "Where finished animations go; empty: the img2img output folder.",
+    )
+
+
 def surface_fields(surface: str) -> list[Any]:
     """The dataclass fields that can be set on ``surface``, in order."""
     return [f for f in fields(Settings) if surface in f.metadata["surfaces"]]
@@ -360,6 +393,18 @@ def convert(f: Any, value: Any) -> Any:
     return value
 
 
+def read(f: Any, value: Any) -> Any:
+    """``value`` as the field's type, like :func:`convert`.
+
+    Raises:
+        SettingsError: naming the field, the value and what is allowed.
+    """
+    try:
+        return convert(f, value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise SettingsError([f"{f.name}: {value!r} is not {allowed(f)}"]) from None
+
+
 def _whole(value: Any) -> int:
     if not isinstance(value, float) or not value.is_integer():
         raise ValueError
@@ -374,31 +419,47 @@ def _check_bounds(f: Any, value: Any) -> None:
         raise ValueError
 
 
+def _read_all(values: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Each value as its field's type, and a sentence for each that is unknown or not allowed."""
+    good, errors = {}, []
+    for name, value in values.items():
+        if name not in known:
+            errors.append(f"{name}: unknown field (known: {', '.join(known)})")
+            continue
+        try:
+            good[name] = read(known[name], value)
+        except SettingsError as error:
+            errors += error.errors
+    return good, errors
+
+
+def parse_preferences(values: Mapping[str, Any]) -> Preferences:
+    """Preferences from what the WebUI keeps of them.
+
+    Raises:
+        SettingsError: naming each one that its bounds do not allow, as the Settings tab shows it.
+    """
+    good, errors = _read_all(values, {f.name: f for f in fields(Preferences)})
+    if errors:
+        raise SettingsError([f"Settings, {TITLE}: {error}" for error in errors])
+    return Preferences(**good)
+
+
 def parse(values: Mapping[str, Any], surface: str) -> Settings:
     """Settings from a mapping of field names, for one surface.
 
     Raises:
         SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
     """
-    known = {f.name: f for f in surface_fields(surface)}
-    errors = []
-    read = {}
-    for name, value in values.items():
-        if name not in known:
-            errors.append(f"{name}: unknown field (known: {', '.join(known)})")
-            continue
-        try:
-            read[name] = convert(known[name], value)
-        except (ValueError, TypeError, KeyError, OverflowError):
-            errors.append(f"{name}: {value!r} is not {allowed(known[name])}")
-    if "init" in read.get("output", ()) and read.get("steps", 0) != 0:
-        errors.append(f"steps: {read['steps']} is not 0, which init needs (its levels are img2img's own)")
-    errors += _contradictions(read) + _check_replay(read, surface)
+    good, errors = _read_all(values, {f.name: f for f in surface_fields(surface)})
+    if "init" in good.get("output", ()) and good.get("steps", 0) != 0:
+        errors.append(f"steps: {good['steps']} is not 0, which init needs (its levels are img2img's own)")
+    errors += _contradictions(good) + _check_replay(good, surface)
     if errors:
         raise SettingsError(errors)
-    if read.get("mode") == "replay":
-        read["noise"] = "independent"
-    return Settings(**read)
+    if good.get("mode") == "replay":
+        good["noise"] = "independent"
+    return Settings(**good)
 
 
 def _contradictions(read: Mapping[str, Any]) -> list[str]:
@@ -427,21 +488,31 @@ def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
     return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
-def parse_args(args: Sequence[Any], surface: str) -> tuple[bool, Settings]:
-    """``(enabled, settings)`` from an always-on script's arguments.
+def named(args: Sequence[Any], surface: str) -> dict[str, Any]:
+    """An always-on script's arguments by name, ``enabled`` among them; nothing is checked but their number.
 
     ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
     names the script wants it), or positional: enabled, then the surface's fields in order.
     """
     args = list(args)
     if args and isinstance(args[0], Mapping):
-        values = dict(args[0])
-        enabled = values.pop("enabled", True)
-    else:
-        names = [f.name for f in surface_fields(surface)]
-        if len(args) > len(names) + 1:
-            raise SettingsError([f"args: {len(args)} values where at most {len(names) + 1} are known"])
-        enabled, values = (args[0] if args else False), dict(zip(names, args[1:]))
+        return {"enabled": True, **args[0]}
+    names = ["enabled", *(f.name for f in surface_fields(surface))]
+    if len(args) > len(names):
+        raise SettingsError([f"args: {len(args)} values where at most {len(names)} are known"])
+    return {"enabled": False, **dict(zip(names, args))}
+
+
+def parse_args(
+    args: Sequence[Any], surface: str, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[bool, Settings]:
+    """``(enabled, settings)`` from an always-on script's arguments, as :func:`named` takes them.
+
+    Arguments:
+        defaults: Values of fields that are left out, where they are not the fields' own defaults.
+    """
+    values = {**defaults, **named(args, surface)}
+    enabled = values.pop("enabled")
     if not isinstance(enabled, bool):
         raise SettingsError([f"enabled: {enabled!r} is not true or false"])
     return enabled, (parse(values, surface) if enabled else Settings())

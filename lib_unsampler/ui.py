@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 
-from .settings import OUTPUTS, pasted, surface_fields
+from .settings import OUTPUTS, Preferences, pasted, surface_fields
 
 ELEM_ID = "batch_unsampler"
 GROUPS = (
@@ -26,12 +28,13 @@ GROUPS = (
 )
 
 
-def build(accordion: Callable[..., Any], title: str) -> list[Any]:
+def build(accordion: Callable[..., Any], title: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
     """The controls inside a tick-box accordion: enabled first, then the host's fields in order.
 
     Arguments:
         accordion: The host's ``InputAccordion``, or anything called like it.
         title: The accordion's label.
+        defaults: What controls begin with where that is a preference.
     """
     by_name = {f.name: f for f in surface_fields("host")}
     made: dict[str, Any] = {}
@@ -40,26 +43,29 @@ def build(accordion: Callable[..., Any], title: str) -> list[Any]:
             gr.HTML(f"<b>{heading}</b>", elem_classes=["batch-unsampler-heading"])
             for names in rows:
                 with gr.Row():
-                    made.update({name: _control(by_name[name]) for name in names})
+                    made.update({name: _control(by_name[name], defaults) for name in names})
     return [enabled, *(made[name] for name in by_name)]
 
 
-def _control(f: Any) -> Any:
+def _control(f: Any, defaults: Mapping[str, Any]) -> Any:
     """The gradio control of a field: its label, bounds, choices and help are the field's own."""
     common = {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
-    choices = f.metadata["choices"]
+    value, choices = defaults.get(f.name, f.default), f.metadata["choices"]
     if choices is OUTPUTS:
-        return gr.CheckboxGroup(choices=list(choices), value=list(f.default), **common)
-    if choices:
-        return gr.Radio(choices=list(choices), value=f.default, **common)
-    if isinstance(f.default, bool):
-        return gr.Checkbox(value=f.default, **common)
-    if isinstance(f.default, str):
-        return gr.Textbox(value=f.default, **common)
-    return _number(f, common)
+        control = gr.CheckboxGroup(choices=list(choices), value=list(value), **common)
+    elif choices:
+        control = gr.Radio(choices=list(choices), value=value, **common)
+    elif isinstance(f.default, bool):
+        control = gr.Checkbox(value=value, **common)
+    elif isinstance(f.default, str):
+        control = gr.Textbox(value=value, **common)
+    else:
+        control = _number(f, value, common)
+    control.do_not_save_to_config = f.name in defaults  # the host's file of defaults would hide the preference
+    return control
 
 
-def _number(f: Any, common: Mapping[str, Any]) -> Any:
+def _number(f: Any, value: float, common: Mapping[str, Any]) -> Any:
     """A number that publishes its bounds and leaves the check to settings.py.
 
     Gradio's own check answers even with the accordion unticked, names no field, and leaves the
@@ -67,9 +73,20 @@ def _number(f: Any, common: Mapping[str, Any]) -> Any:
     """
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
     kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": min(0.01, f.default)}
-    number = gr.Number(value=f.default, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
+    number = gr.Number(value=value, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
     number.preprocess = lambda value: value
     return number
+
+
+def preference_components() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The component of each preference for the Settings tab, with its arguments."""
+
+    def component(f: Any) -> tuple[Any, dict[str, Any]]:
+        if isinstance(f.default, str):
+            return gr.Textbox, {}
+        return gr.Number, {"precision": 0 if isinstance(f.default, int) else None}
+
+    return {f.name: component(f) for f in fields(Preferences)}
 
 
 def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, str]], Any]]]:

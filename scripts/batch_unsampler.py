@@ -1,12 +1,12 @@
 """Batch Unsampler in the WebUI: the wiring of its hooks, and nothing else."""
 
-from modules import scripts
+from modules import script_callbacks, scripts
 
 try:
     from modules import sd_samplers_kdiffusion  # noqa: F401
     from modules.ui_components import InputAccordion
 
-    from lib_unsampler import extension, ui
+    from lib_unsampler import axes, extension, host, settings, ui
 except ImportError as error:
     print(f"[Batch Unsampler] not active: this WebUI lacks k-diffusion samplers or its hooks ({error})")
 else:
@@ -15,13 +15,13 @@ else:
         """The always-on script of the img2img tab."""
 
         def title(self):
-            return "Batch Unsampler"
+            return settings.TITLE
 
         def show(self, is_img2img):
             return scripts.AlwaysVisible if is_img2img else False
 
         def ui(self, is_img2img):
-            controls = ui.build(InputAccordion, self.title())
+            controls = ui.build(InputAccordion, self.title(), host.field_defaults())
             self.infotext_fields = ui.paste_fields(controls)
             return controls
 
@@ -30,3 +30,6 @@ else:
 
         def postprocess(self, p, processed, *args):
             extension.finish(p, processed)
+
+    script_callbacks.on_before_ui(axes.register)
+    script_callbacks.on_ui_settings(lambda: host.add_preferences(ui.preference_components()))
