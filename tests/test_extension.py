@@ -62,7 +62,7 @@ def forget_host() -> None:
 
     for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
         del sys.modules[name]
-    for name in ("extension", "driven", "filing", "host", "ui"):
+    for name in ("axes", "extension", "driven", "filing", "host", "ui"):
         sys.modules.pop(f"lib_unsampler.{name}", None)
         vars(lib_unsampler).pop(name, None)
 

@@ -1,4 +1,5 @@
 AlwaysVisible = object()
+scripts_data = []
 
 
 class Script:
@@ -31,6 +32,7 @@ class ScriptRunner:
         self.script.args_from = 1
         self.alwayson_scripts = [script]
         self.selectable_scripts = []
+        self.alwayson_scripts = [script]
         self.swallowed = []
 
     def run(self, p, *args):

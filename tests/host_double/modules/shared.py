@@ -24,14 +24,31 @@ class State:
         self.previews.append(image)
 
 
+state = State()
+class OptionInfo:
+    def __init__(self, default=None, label="", component=None, component_args=None, section=None, restrict_api=False):
+        self.default, self.label, self.component, self.component_args = default, label, component, component_args
+        self.section, self.restrict_api, self.comment_after = section, restrict_api, ""
+
+    def info(self, info):
+        self.comment_after += info
+        return self
+
+
 class Options(SimpleNamespace):
     @property
     def data(self):
         return vars(self)
 
+    def add_option(self, key, info):
+        self.data_labels[key] = info
+        if not hasattr(self, key):
+            setattr(self, key, info.default)
 
-state = State()
+
+hide_dirs = {"visible": True}
 opts = Options(
+    data_labels={},
     randn_source="CPU",
     eta_noise_seed_delta=0,
     img2img_fix_steps=False,
