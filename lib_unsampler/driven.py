@@ -74,17 +74,32 @@ class Inverted:
         levels: Every visited level that was reached.
         estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
         back: The noisiest level sampled back under the same prompts, for reports; else None.
+        calls: All the model calls that were made.
     """
 
     source: Tensor
     levels: tuple[Level, ...]
     estimates: Mapping[int, Tensor]
     back: Tensor | None
+    calls: int
 
     def kept(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         """The kept levels that were reached, as (schedule index, z in float32)."""
         wanted = set(plan.levels.kept)
         return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
+
+    def told(self) -> list[dict[str, Any]]:
+        """What each level cost and how near it came, as plain values."""
+        return [
+            {
+                "step": level.index,
+                "sigma": level.sigma,
+                "residual": None if level.residual is None else level.residual.tolist(),
+                "calls": level.calls.tolist(),
+                "converged": level.converged.tolist(),
+            }
+            for level in self.levels
+        ]
 
 
 _last: tuple[str, Inverted] | None = None
@@ -121,11 +136,13 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
     p, count = batch.p, len(plan.levels.visited)
     progress = host.Progress(count, own_job=False)
     reached: list[Level] = []
+    models: list[host.GuidedModel] = []
     estimates: dict[int, Tensor] = {}
     back: list[Tensor] = []
 
     def body(function: Callable[..., Tensor], denoiser: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         model = host.GuidedModel(denoiser, options["extra_args"], p.sampler.config.total_steps(1) // CALLS[name])
+        models.append(model)
 
         def visit(level: Level) -> None:
             reached.append(level)
@@ -145,7 +162,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
 
     batch.sample(plan, body, conds)
     progress.done()
-    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
+    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None, sum(m.calls for m in models))
 
 
 def _masked(model: Callable[..., Tensor], source: Tensor, mask: Tensor | None) -> Callable[..., Tensor]:
@@ -159,19 +176,22 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     """A batch's pictures as the noises of the request's own sampler, under the source's prompts.
 
     Returns:
-        The recording, or None if the user stopped it.
+        The recording, from the level where the skip begins, or None if the user stopped it.
 
     Raises:
         ReplayError: for a sampler or options that cannot be replayed.
     """
     p, x, levels = batch.p, batch.x, plan.levels
-    unthinned = Levels(levels.schedule, levels.visited, levels.visited)
+    steps = max(1, len(levels.visited) - settings.skip)
+    unthinned = Levels(levels.schedule, levels.visited[:steps], levels.visited[:steps])
     states = torch.stack([z for _, z in walk(x, unthinned, draws, "independent", plan.prediction)])
     fresh = (draws(j) for j in count(len(levels.schedule) - 1))
     made: list[Recording] = []
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
+        model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)  # where prompt editing is in the schedule
         source_model = _masked(model, x, getattr(p, "nmask", None))
+        sigmas = sigmas[-steps - 1 :]
         made.append(replay.record(function, source_model, sigmas, states, x, fresh, plan.prediction, **options))
         return start
 
@@ -182,17 +202,18 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
 
 
 def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -> Tensor:
-    """The host's own sampling with a recording's noises.
+    """The host's own sampling with a recording's noises, from the level where the skip or the recording begins.
 
     Raises:
         ReplayError: for another sampler, schedule or options than the recorded ones.
     """
-    p = batch.p
-    skip = min(skip, len(recording.states) - 1)
+    p, recorded = batch.p, len(recording.states)
+    steps = max(1, min(len(plan.levels.visited) - skip, recorded))
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        model.step = p.sampler.config.total_steps(skip)  # where prompt editing is in the schedule
+        model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)
         edited = _masked(model, batch.x, getattr(p, "nmask", None))
-        return replay.replay(function, edited, sigmas, recording.like(start), skip, **options)
+        whole = plan.levels.schedule[-recorded - 1 :].to(sigmas)
+        return replay.replay(function, edited, whole, recording.like(start), recorded - steps, **options)
 
     return batch.sample(plan, body)

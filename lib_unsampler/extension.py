@@ -19,7 +19,7 @@ from . import __version__, driven, host, render
 from .animation import check_format
 from .driven import Batch, Plan
 from .filing import ENDINGS, Filing, Reply
-from .inversion import kin
+from .inversion import Level, kin, unconverged
 from .noising import blend, walk
 from .replay import Recording, check_function
 from .schedule import levels
@@ -99,6 +99,7 @@ class Request:
         self.settings = settings
         self.wanted = set(settings.output)
         self.error: Exception | None = None
+        self.inversions: list[list[dict[str, Any]]] = []
         self.script = host.selected_script(p)
         self.reply = Reply(host.GALLERY_LIMIT if self.script is None else 0)
 
@@ -246,8 +247,16 @@ class Request:
         if self.settings.mode == "invert":
             self._inverted = driven.invert(batch, plan, self.settings)
             self._batch = (self._inverted.source, batch.noise, plan)
+            self.inversions.append(self._inverted.told())
+            self._say_unconverged(self._inverted.levels)
         elif self.settings.mode == "replay" and self.wanted & {"init", "latents"}:
             self._recording = driven.record(batch, plan, host.HostDraws(self.p, batch.noise), self.settings)
+
+    def _say_unconverged(self, walked: Sequence[Level]) -> None:
+        missed = unconverged(list(walked))
+        if missed:
+            more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
+            host.comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")
 
     def _sample_from(self, batch: Batch, plan: Plan) -> Tensor:
         """img2img's own sampling, from z at its start level."""
@@ -277,19 +286,21 @@ class Request:
         begins_clean = shown and self.settings.include_clean
         progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples)
         mask, last = getattr(self.p, "nmask", None), None
+        seen = self._inverted.estimates if self._inverted is not None and self.settings.panel else None
 
         def levels() -> Iterator[tuple[int | None, Tensor]]:
             """Schedule index (None: the source) and what to decode."""
             nonlocal last
             if begins_clean:
-                yield None, x
+                yield None, x if seen is None else torch.cat([x, x, x])
             for number, (index, z) in enumerate(self._walk(), 1):
                 if host.stopped():
                     return
                 last, sigma, masked = z, plan.levels.schedule[index], blend(z, x, mask)
                 filing.level(index, masked)
                 if shown or (index == plan.start and not self.samples):
-                    yield index, render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
+                    view = render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
+                    yield index, view if seen is None else torch.cat([x, view, seen[index].to(x)])
                 else:
                     progress.step(number, None)
 
@@ -315,9 +326,11 @@ class Request:
         """The pictures of each level, one for each image, put back into their surroundings."""
         latents = torch.cat([view for _, view in levels])
         pictures = render.to_pictures(torch.stack(host.decode(self.p, latents)))
-        count = len(latents) // len(levels)
+        count = len(self.p.prompts)
         every = [host.overlaid(self.p, picture, number % count) for number, picture in enumerate(pictures)]
-        return [every[start : start + count] for start in range(0, len(every), count)]
+        size = len(every) // len(levels)  # more than count where each image has a panel
+        panels = [every[start : start + size] for start in range(0, len(every), size)]
+        return [[render.beside(panel[image::count]) for image in range(count)] for panel in panels]
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
@@ -330,8 +343,8 @@ class Request:
     def hand_over(self, processed: Any) -> None:
         """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
 
-        Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z plot, loopback, SD upscale, ...) counts on one picture for each
-        image, so under it there are only those.
+        Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z
+        plot, loopback, SD upscale, ...) counts on one picture for each image, so under it there are only those.
         """
         items = self.reply.every()
         if self.script is not None or not items:
@@ -344,4 +357,5 @@ class Request:
             INFOTEXT_PREFIX + "sigmas": self.reply.sigmas,
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
+            **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

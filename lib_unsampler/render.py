@@ -161,6 +161,17 @@ def _letters(text: str, size: int) -> Image.Image:
     return mask.resize((max(1, round(mask.width * scale)), size), Image.Resampling.LANCZOS)
 
 
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row; a single one as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = pictures[0].size
+    page = Image.new("RGB", (width * len(pictures), height))
+    for number, picture in enumerate(pictures):
+        page.paste(picture, (number * width, 0))
+    return page
+
+
 def thumbnail(frame: Image.Image) -> Image.Image:
     """A copy of a frame that fits a contact sheet's cell."""
     scale = min(1.0, SHEET_SIDE / max(frame.size))

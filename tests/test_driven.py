@@ -214,3 +214,42 @@ def test_nothing_of_a_replay_is_left(host: SimpleNamespace) -> None:  # noqa: F8
     host.run({"mode": "replay", "output": ["init", "frames"], "cfg": 7}, sampler_name="Euler a")
     again, _ = host.run(sampler_name="Euler a")
     assert torch.equal(again.latest_samples, plain.latest_samples)
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE"])
+def test_skip_keeps_more_and_the_source_stays_exact(host: SimpleNamespace, calls: list[Call], sampler: str) -> None:  # noqa: F811
+    def kept(skip: int, prompt: str) -> float:
+        settings = {"mode": "replay", "output": ["init"], "cfg": 3, "positive": "a cat", "skip": skip}
+        fields = {"sampler_name": sampler, "cfg_scale": 3, "denoising_strength": 1.0}
+        p, _ = host.run(settings, prompt=prompt, **fields)
+        return decibels(p.latest_samples, p.init_latent)
+
+    assert all(kept(skip, "a cat") >= 180 for skip in (3, 7, 100))
+    assert kept(0, "a dog") < kept(3, "a dog") < kept(6, "a dog")
+    calls.clear()
+    kept(3, "a dog")
+    plain = [c.step for c in calls[len(calls) // 2 :]]
+    assert plain[0] == (6 if sampler == "DPM++ SDE" else 3)  # where prompt editing is then
+
+
+def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+    host.run({**INVERT, "output": ["frames"], "step_increment": 4})
+    without = len(calls)
+    calls.clear()
+    _, processed = host.run({**INVERT, "output": ["frames"], "step_increment": 4, "panel": True}, batch_size=2)
+    assert {image.size for image in processed.images} == {(192, 64)}
+    assert len(processed.images) == 6
+    assert sum(c.size for c in calls) == 2 * without + 2 * 2  # one batched call more for each of two kept levels
+
+
+def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+    p, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
+    told = processed.extra_generation_params["Unsampler inversion"]
+    assert len(told) == 2 and [level["step"] for level in told[0]] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert all(len(level["residual"]) == len(level["calls"]) == 2 and all(level["converged"]) for level in told[0])
+    assert sum(sum(level["calls"]) for level in told[0]) == sum(c.size for c in calls)
+
+
+def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:  # noqa: F811
+    p, processed = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
+    assert any("not converged" in text and "step" in text for text in p.comments)
