@@ -7,7 +7,9 @@ waiting for the device. Everywhere else noising.py's torch path does the same ar
 from __future__ import annotations
 
 from functools import cache
+from struct import pack, unpack
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,15 +59,18 @@ def _stride(kept: tuple[int, ...]) -> int:
 
 @cache
 def _compiles(device: int, dtype: torch.dtype) -> bool:
-    """Whether Triton can build and run the kernel here: it may lack a C compiler, or know no such GPU."""
+    """Whether Triton can build, run and keep the kernel here: it may lack a C compiler, or know no such GPU."""
     if torch.version.cuda is None:
         return False
     x = torch.zeros((1, 16), dtype=dtype, device=f"cuda:{device}")
+    factors, draws = torch.ones(2, device=x.device), PhiloxDraws((0,), (16,))
+    compiled, kept = x[None].clone(), x[None].clone()
     try:
-        fill(x[None].clone(), x, torch.ones(2), 1, (0,), "independent", False, PhiloxDraws((0,), (16,)), None)
+        for z in (compiled, kept):
+            fill(z, x, factors, 1, (0,), "independent", False, draws, None)
     except Exception:  # whatever Triton raises, the torch path still works
         return False
-    return True
+    return torch.equal(compiled, kept)
 
 
 def fill(
@@ -78,7 +83,7 @@ def fill(
         z: The output with shape (L, B, C, [T,] H, W), contiguous.
         x: Clean latents with shape (B, C, [T,] H, W).
         factors: The whole schedule with shape (n + 1), or for ``path`` the factors (of z, of the
-            noise) of each level from the least noisy on, with shape (n - e, 2); float32 on the CPU.
+            noise) of each draw, with shape (n, 2); float32, contiguous, on x's device.
         clean: The schedule index n of the clean image.
         kept: The kept levels' schedule indices, evenly falling.
         kind: ``shared``, ``independent`` or ``path``.
@@ -93,19 +98,43 @@ def fill(
     blocks = -(-size // block) * images
     chunk = levels if kind == "path" else min(max(levels * blocks // PROGRAMS, 1), LEVELS_PER_PROGRAM)
     x = x.contiguous()
+    noise = factors if noise is None else noise.contiguous()
+    seeds = draws.seeds if draws else (0,)
+    keys = factors if len(seeds) == 1 else upload(np.array(seeds, np.uint64).view(np.int32), x.device)
+    constants = (kind if draws else "given", flow, len(seeds) == 1, block)
     with torch.cuda.device(x.device.index):
-        kernels().unsample[(blocks * -(-levels // chunk),)](
-            z, x, x if noise is None else noise.contiguous(), _table(factors, draws, images, x.device),
-            size, images, levels, chunk, clean, kept[0], _stride(kept),
-            kind if noise is None else "given", flow, block,
-            num_warps=warps, enable_fp_fusion=False,
+        _launch(
+            (x.device, x.dtype, size, x.data_ptr() % 16, noise.data_ptr() % 16, *constants),
+            (blocks * -(-levels // chunk), 1, 1),
+            (z, x, noise, factors, keys, *unpack("<2i", pack("<Q", seeds[0])), size, images, levels, chunk, clean,
+             kept[0], _stride(kept), *constants),
+            warps,
         )  # fmt: skip
 
 
-def _table(factors: Tensor, draws: PhiloxDraws | None, images: int, device: torch.device) -> Tensor:
-    """Keys (two words an image), then the factors' words, on the device in one copy."""
-    keys = torch.from_numpy(np.array(draws.seeds if draws else [0] * images, np.uint64).view(np.int32))
-    staged = torch.cat([keys, factors.view(torch.int32).flatten()])
-    if staged.nbytes > STAGED_BYTES:
+_ready: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[Any, ...], warps: int) -> None:
+    """Launches the kernel; from the second time on without Triton's search for it, which takes as long again.
+
+    ``key`` is the device and all that Triton compiles for: types, constants, the divisibility of ``size`` and of
+    addresses (memory that torch has just given out is aligned).
+    """
+    try:
+        _ready[key][grid](*arguments, stream=stream(key[0]))
+    except (KeyError, TypeError):  # not compiled yet, or a Triton whose compiled kernels take other arguments
+        _ready[key] = kernels().unsample[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+
+
+def stream(device: torch.device) -> int:
+    """The current stream's handle, got the way Triton gets it: the public way makes an object, ten times as slow."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def upload(words: np.ndarray, device: torch.device) -> Tensor:
+    """A copy on the device, for the kernels launched after it; nothing waits."""
+    staged = torch.tensor(words)
+    if words.nbytes > STAGED_BYTES:
         staged = staged.pin_memory()
     return staged.to(device, non_blocking=True)

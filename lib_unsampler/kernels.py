@@ -83,15 +83,16 @@ def normal(element, draw, k0, k1):
     return box_muller(x, y)
 
 
-@triton.jit(do_not_specialize=["images", "levels", "chunk", "clean", "least", "stride"])
+@triton.jit(do_not_specialize=["k0", "k1", "images", "levels", "chunk", "clean", "least", "stride"])
 def unsample(
-    z, x, noise, table, size, images, levels, chunk, clean, least, stride,
-    KIND: tl.constexpr, FLOW: tl.constexpr, BLOCK: tl.constexpr,
+    z, x, noise, factors, keys, k0, k1, size, images, levels, chunk, clean, least, stride,
+    KIND: tl.constexpr, FLOW: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     r"""``z[slot] = scale * n + signal * base`` for every level of the walk; see fused.fill.
 
     Each product and the sum are rounded to float32 (launch with ``enable_fp_fusion=False``). base is
     x, or on a path the level before, where levels between the kept ones are walked, not written.
+    A key is one image's (``ONE``) k0 and k1, or two words of ``keys``.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
@@ -99,9 +100,11 @@ def unsample(
     first = program // blocks // images * chunk
     element = program % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = element < size
-    k0 = tl.load(table + 2 * image).to(tl.uint32, bitcast=True)
-    k1 = tl.load(table + 2 * image + 1).to(tl.uint32, bitcast=True)
-    factors = table + 2 * images
+    if not ONE:
+        k0 = tl.load(keys + 2 * image)
+        k1 = tl.load(keys + 2 * image + 1)
+    k0 = k0.to(tl.uint32, bitcast=True)
+    k1 = k1.to(tl.uint32, bitcast=True)
     source = image.to(tl.int64) * size + element
     base = tl.load(x + source, mask=inside, other=0.0).to(tl.float32)
     n = base
@@ -115,13 +118,13 @@ def unsample(
         written = inside
         if KIND == "path":
             draw = level
-            signal = tl.load(factors + 2 * level).to(tl.float32, bitcast=True)
-            scale = tl.load(factors + 2 * level + 1).to(tl.float32, bitcast=True)
+            signal = tl.load(factors + 2 * level)
+            scale = tl.load(factors + 2 * level + 1)
             written = inside & (wait == 0)
         else:
             index = least - level * stride
             draw = clean - 1 - index
-            scale = tl.load(factors + index).to(tl.float32, bitcast=True)
+            scale = tl.load(factors + index)
             signal = 1.0 - scale
         if KIND == "independent" or KIND == "path":
             n = normal(element.to(tl.uint32), draw.to(tl.uint32), k0, k1)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,8 +38,7 @@ def append_dims(x: Tensor, ndim: int) -> Tensor:
 
 def signal_scale(sigma: Tensor, prediction: str) -> Tensor:
     r""":math:`a(s)`: 1 in sigma space, :math:`1 - s` on flow; the shape of ``sigma``."""
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction: {prediction!r} is not one of {', '.join(PREDICTIONS)}")
+    _check("prediction", prediction, PREDICTIONS)
     return 1.0 - sigma if prediction == "flow" else torch.ones_like(sigma)
 
 
@@ -62,11 +63,16 @@ def implied_noise(z: Tensor, x: Tensor, sigma: Tensor, prediction: str) -> Tenso
     return (z.float() - signal_scale(sigma, prediction) * x.float()) / sigma
 
 
-def diffusion(sigma: Tensor, to_sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    r"""The factors (of z, of the noise) of :func:`diffuse`, in float64; the shape of ``sigma``."""
-    s, t = sigma.double(), to_sigma.double()
-    r = torch.where(s == t, 1.0, signal_scale(t, prediction) / signal_scale(s, prediction))
-    return r, (t**2 - r**2 * s**2).sqrt()
+def diffusion(sigma: np.ndarray, to_sigma: np.ndarray, prediction: str) -> tuple[np.ndarray | float, np.ndarray]:
+    r"""The factors (of z, of the noise) of :func:`diffuse`; everything float64 and of one shape.
+
+    In numpy: for a handful of numbers torch takes longer than the GPU takes for the whole batch.
+    """
+    _check("prediction", prediction, PREDICTIONS)
+    if prediction != "flow":
+        return 1.0, np.sqrt(to_sigma * to_sigma - sigma * sigma)
+    r = np.divide(1 - to_sigma, 1 - sigma, out=np.ones_like(sigma), where=sigma != to_sigma)
+    return r, np.sqrt(to_sigma * to_sigma - (r * r) * (sigma * sigma))
 
 
 def diffuse(z: Tensor, noise: Tensor, sigma: Tensor, to_sigma: Tensor, prediction: str) -> Tensor:
@@ -83,7 +89,8 @@ def diffuse(z: Tensor, noise: Tensor, sigma: Tensor, to_sigma: Tensor, predictio
     """
     if sigma == to_sigma:
         return z
-    r, scale = (factor.to(z.device, torch.float32) for factor in diffusion(sigma, to_sigma, prediction))
+    s, t = (level.double().cpu().numpy() for level in (sigma, to_sigma))
+    r, scale = (torch.tensor(factor, dtype=torch.float32, device=z.device) for factor in diffusion(s, t, prediction))
     return r * z + scale * noise.float()
 
 
@@ -133,7 +140,8 @@ def walk(
         prediction: ``eps``, ``v`` or ``flow``.
         normalize: Whether each image's implied noise is brought to mean 0 and variance 1.
     """
-    _check(kind, prediction)
+    _check("noise", kind, NOISE_KINDS)
+    _check("prediction", prediction, PREDICTIONS)
     states = _states(x, levels, draw, kind, prediction, normalize)
     for index, z in zip(levels.kept, states):
         sigma = levels.schedule[index]
@@ -143,10 +151,9 @@ def walk(
         yield index, z
 
 
-def _check(kind: str, prediction: str) -> None:
-    for name, value, known in (("noise", kind, NOISE_KINDS), ("prediction", prediction, PREDICTIONS)):
-        if value not in known:
-            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
 
 
 def plan(levels: Levels, kind: str, prediction: str) -> list[tuple[float, float, int, int]]:
@@ -157,22 +164,33 @@ def plan(levels: Levels, kind: str, prediction: str) -> list[tuple[float, float,
     slot is -1 where the level is not kept.
     """
     indices = levels.visited if kind == "path" else levels.kept
+    draws = [0 if kind == "shared" else levels.draw_index(index) for index in indices]
     if kind == "path":
-        signal, scale = path_factors(levels, prediction).T.tolist()
+        signal, scale = path_factors(levels.schedule.numpy(), prediction)[draws].T.tolist()
     else:
         sigma = levels.sigmas
         signal, scale = signal_scale(sigma, prediction).tolist(), sigma.tolist()
     slots = {index: slot for slot, index in enumerate(levels.kept)}
-    draws = [0 if kind == "shared" else levels.draw_index(index) for index in indices]
     return list(zip(signal, scale, draws, (slots.get(index, -1) for index in indices)))
 
 
-def path_factors(levels: Levels, prediction: str) -> Tensor:
-    """:func:`diffusion`'s factors of every visited level in float32, with shape (n - e, 2)."""
-    # The visited levels are consecutive: sliced, since 10,000 read one by one outlast the kernel.
-    sigma = levels.schedule[levels.visited[-1] : levels.visited[0] + 1].flip(0)
-    before = torch.cat([torch.zeros(1), sigma[:-1]])
-    return torch.stack(diffusion(before, sigma, prediction), 1).float()
+def path_factors(schedule: np.ndarray, prediction: str) -> np.ndarray:
+    """:func:`diffusion`'s factors by draw number: row j leads to schedule index n - 1 - j; float32, (n, 2)."""
+    sigma = schedule[::-1].astype(np.float64)
+    factors = np.empty((len(sigma) - 1, 2), np.float32)
+    factors[:, 0], factors[:, 1] = diffusion(sigma[:-1], sigma[1:], prediction)
+    return factors
+
+
+@lru_cache(maxsize=32)
+def _device_factors(schedule: bytes, path: bool, prediction: str, device: torch.device, stream: int) -> Tensor:
+    """What the kernel reads of a schedule (float32 words), on the device.
+
+    Kept, because runs share few schedules and a transfer takes as long as a small batch; for each
+    stream of its own, so that nothing has to wait for it.
+    """
+    sigma = np.frombuffer(schedule, np.float32)
+    return fused.upload(path_factors(sigma, prediction) if path else sigma, device)
 
 
 def _states(
@@ -209,16 +227,17 @@ def unsample(
         z with shape (L, B, C, [T,] H, W), least noisy first; ``z.flatten(0, 1)`` is the
         original node's ``latent_batch``.
     """
-    _check(kind, prediction)
-    z = torch.empty((len(levels.kept), *x.shape), dtype=x.dtype, device=x.device)
+    _check("noise", kind, NOISE_KINDS)
+    _check("prediction", prediction, PREDICTIONS)
+    z = x.new_empty((len(levels.kept), *x.shape))
     if runs_fused(x, levels, draw, kind, normalize):
         if isinstance(draw, PhiloxDraws) and not normalize:
             draws, noise = draw, None
         else:
             draws, noise = None, (normalize_noise(draw(0)) if normalize else draw(0).float()).expand_as(x)
-        factors = path_factors(levels, prediction) if kind == "path" else levels.schedule
-        clean = len(levels.schedule) - 1
-        fused.fill(z, x, factors, clean, levels.kept, kind, prediction == "flow", draws, noise)
+        schedule = levels.schedule.numpy().tobytes()
+        factors = _device_factors(schedule, kind == "path", prediction, x.device, fused.stream(x.device))
+        fused.fill(z, x, factors, len(levels.schedule) - 1, levels.kept, kind, prediction == "flow", draws, noise)
     elif z.dtype == torch.float32 and not (kind == "path" and normalize):
         deque(_states(x, levels, draw, kind, prediction, normalize, into=z), maxlen=0)
     else:

@@ -123,6 +123,17 @@ def test_thinning_keeps_the_levels_that_remain(device: str, kind: str, increment
 
 @devices
 @kinds
+@predictions
+def test_a_repeated_final_zero_is_no_level(device: str, kind: str, prediction: str) -> None:
+    x = source(2, 4, 8, 8, device=device)
+    draw = PhiloxDraws(SEEDS, x.shape[1:], device)
+    walked = levels(torch.tensor([0.9, 0.5, 0.2, 0.0, 0.0]))
+    found = unsample(x, walked, draw, kind, prediction)
+    torch.testing.assert_close(found, formula(x, walked, draw, kind, prediction), rtol=0, atol=3 * KERNEL_ERROR)
+
+
+@devices
+@kinds
 @dtypes
 def test_unsample_is_walk_collected(device: str, kind: str, dtype: torch.dtype) -> None:
     x = source(2, 4, 3, 8, 8, device=device, dtype=dtype)
@@ -268,6 +279,34 @@ def test_views_that_are_not_contiguous() -> None:
     draw = PhiloxDraws(SEEDS, x.shape[1:], "cuda")
     found = unsample(x, plan("eps"), draw, "independent", "eps")
     assert torch.equal(found, unsample(x.contiguous(), plan("eps"), draw, "independent", "eps"))
+
+
+@triton
+def test_addresses_that_are_not_aligned() -> None:
+    """A kernel compiled for aligned latents, kept for its next launch, must not meet others."""
+    memory = source(1 + 4 * 8 * 8, device="cuda")
+    draw = PhiloxDraws((1,), (4, 8, 8), "cuda")
+    for _ in range(2):
+        for start in (0, 1):
+            x = memory[start : start + 4 * 8 * 8].view(1, 4, 8, 8)
+            found = unsample(x, plan("eps"), draw, "independent", "eps")
+            assert torch.equal(found, unsample(x.clone(), plan("eps"), draw, "independent", "eps"))
+
+
+@triton
+@kinds
+def test_every_stream_and_every_schedule(kind: str) -> None:
+    """Factors stay on the device; another stream, schedule, start or prediction must not get the wrong ones."""
+    x = source(1, 4, 8, 8, device="cuda")
+    draw = PhiloxDraws((2**64 - 1,), x.shape[1:], "cuda")
+    torch.cuda.synchronize()
+    for stream in (torch.cuda.Stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            for prediction, top, end in (("eps", 1.0, 0), ("flow", 1.0, 0), ("eps", 1.0, 5), ("eps", 0.9, 0)):
+                walked = levels(torch.linspace(top, 0.03, 12), end)
+                found = unsample(x, walked, draw, kind, prediction)
+                expected = formula(x, walked, draw, kind, prediction)
+                assert float((found - expected).abs().max()) <= 3 * KERNEL_ERROR
 
 
 @triton
