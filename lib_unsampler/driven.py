@@ -19,7 +19,7 @@ from . import host, replay
 from .fingerprint import fingerprint
 from .inversion import CALLS, Level, kin
 from .inversion import invert as invert_
-from .noising import Draw, walk
+from .noising import Draw, unsample
 from .replay import Recording
 from .schedule import Levels
 from .settings import TITLE, Settings
@@ -184,7 +184,7 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     p, x, levels = batch.p, batch.x, plan.levels
     steps = max(1, len(levels.visited) - settings.skip)
     unthinned = Levels(levels.schedule, levels.visited[:steps], levels.visited[:steps])
-    states = torch.stack([z for _, z in walk(x, unthinned, draws, "independent", plan.prediction)])
+    states = unsample(x.float(), unthinned, draws, "independent", plan.prediction)
     fresh = (draws(j) for j in count(len(levels.schedule) - 1))
     made: list[Recording] = []
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import animation, render, replay, sampling, trajectory
 from .background import Background
 from .embedded import Denoiser, guided, make_model, masked
-from .noising import SeededDraws, blend, walk
+from .noising import SeededDraws, blend, unsample, walk
 from .reel import Reel
 from .replay import Recording
 from .schedule import Levels, levels
@@ -173,8 +173,7 @@ def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None
     below = recorded_levels(plan, settings)
     prediction = PREDICTION[settings.model]
     draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
-    drawn = walk(source, below, draw, settings.noise, prediction, settings.normalize)
-    states = torch.stack([z for _, z in drawn])
+    states = unsample(source, below, draw, settings.noise, prediction, settings.normalize)
     fresh = (draw(j) for j in count(len(plan.schedule) - 1))
     model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
     return replay.record(function, model, remaining(below), states, source, fresh, prediction, disable=quiet)

@@ -1,7 +1,7 @@
 """A batch of noisy latents: the original node's formula, in-place torch, ours, and memset.
 
 Each call starts from a clean latent on the device and the schedule on the CPU and ends when the
-device has finished: launches and the schedule's transfer are counted (ours keeps the last schedules
+device has finished: launches and the schedule's transfer are counted (ours keeps recent schedules
 on the device, so it pays for that in the warm-up). Bandwidth is memset's time over the method's; peak
 memory is what a call adds at its worst, as a multiple of its output (on the CPU: growth of the
 resident set in a process of its own, on Linux, for outputs of 64 MiB or more).

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import sampling, standalone
 from ..embedded import Denoiser, guided, make_model
 from ..inversion import invert
-from ..noising import SeededDraws, walk
+from ..noising import SeededDraws, unsample
 from ..replay import record, replay
 from ..schedule import levels
 from ._report import Report
@@ -39,7 +39,7 @@ def replayed(sampler: str, residual: bool = True) -> Callable[[Denoiser, Tensor,
     def method(model: Denoiser, source: Tensor, sigmas: Tensor) -> Tensor:
         function = sampling.function(sampler)
         draw = SeededDraws((SEED,), tuple(source.shape[1:]))
-        states = torch.stack([z for _, z in walk(source, levels(sigmas), draw, "independent", "eps")])
+        states = unsample(source, levels(sigmas), draw, "independent", "eps")
         fresh = (draw(j) for j in count(STEPS))
         made = record(function, model, sigmas, states, source, fresh, "eps", disable=True)
         if not residual:
