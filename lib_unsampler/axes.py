@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import host
-from .settings import SettingsError, named, read, surface_fields
+from .settings import TITLE, SettingsError, named, read, surface_fields
 
 PREFIX = "[Unsampler] "
 
@@ -54,7 +54,7 @@ def _confirm(f: Any) -> Callable[[Any, Sequence[Any]], None]:
 
     def confirm(p: Any, values: Sequence[Any]) -> None:
         if named(host.arguments(p), "host")["enabled"] is False:
-            raise host.RefusedError(f"{PREFIX}{f.name}: Batch Unsampler is not ticked, so this axis would change nothing")
+            raise host.RefusedError(f"{PREFIX}{f.name}: {TITLE} is not ticked, so this axis would change nothing")
         for value in values:
             try:
                 read(f, value)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, driven, host, render
+from . import __version__, driven, host, render, saved, shelf
 from .animation import check_format
 from .driven import Batch, Plan
 from .filing import ENDINGS, Filing, Reply
@@ -23,7 +24,17 @@ from .inversion import Level, kin, unconverged
 from .noising import blend, walk
 from .replay import Recording, check_function
 from .schedule import levels
-from .settings import INFOTEXT_PREFIX, VERSION_KEY, Settings, SettingsError, parse_args, surface_fields, to_infotext
+from .settings import (
+    INFOTEXT_PREFIX,
+    TITLE,
+    VERSION_KEY,
+    Settings,
+    SettingsError,
+    parse_args,
+    surface_fields,
+    to_infotext,
+)
+from .trajectory import Trajectory, TrajectoryError
 
 PATCHED = ("init", "sample", "save_samples")
 PICTURES = {"frames", "animation", "contact sheet"}
@@ -101,7 +112,9 @@ class Request:
         self.error: Exception | None = None
         self.inversions: list[list[dict[str, Any]]] = []
         self.script = host.selected_script(p)
-        self.reply = Reply(host.GALLERY_LIMIT if self.script is None else 0)
+        self.preferences = host.preferences()
+        self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
+        self.saved: Trajectory | None = None
 
     @property
     def samples(self) -> bool:
@@ -130,7 +143,7 @@ class Request:
             self._check_format()
         name = self.p.sampler_name
         sampler = host.make_sampler(self.p)
-        refused = self._refusal(sampler)
+        refused = self._refusal(sampler) or self._misfit(sampler) or self._too_much()
         if refused:
             detach(self.p)
             raise host.RefusedError(f"Batch Unsampler: {refused}")
@@ -171,6 +184,40 @@ class Request:
             return str(error)
         return None
 
+    def _misfit(self, sampler: Any) -> str | None:
+        """Reads the latents file that is asked for; says why it does not fit this request, if it does not."""
+        name, p = self.settings.trajectory, self.p
+        if not name:
+            return None
+        try:
+            self.saved = shelf.read(host.output_folder(), name)
+        except TrajectoryError as error:
+            return f"trajectory: {error}"
+        if self.settings.mode == "replay" and self.saved.replay is None:
+            return f"trajectory: {name!r} holds no noises to replay; it was not made with mode replay"
+        images = len(p.init_images) if len(p.init_images) > 1 else p.batch_size
+        schedule = host.get_sigmas(p, sampler, host.img2img_steps(p)[0]) if self.samples else None
+        size = (p.height // 8, p.width // 8)
+        why = saved.refusal(self.saved, host.prediction_type(p.sd_model), images, size, schedule)
+        return why and f"trajectory: {name!r} does not fit: {why}"
+
+    def _too_much(self) -> str | None:
+        """Why this is more work than the WebUI's owner allows, if it is."""
+        p, settings = self.p, self.settings
+        if not self.wanted - {"init"} or self.saved is not None:
+            return None
+        total, start = self._steps()
+        asked = settings.end_at_step if settings.end_at_step >= 0 else start
+        frames = -(-max(1, total - asked) // settings.step_increment) + settings.include_clean
+        megapixels = frames * p.batch_size * p.n_iter * p.width * p.height / 1e6
+        if megapixels <= self.preferences.megapixels:
+            return None
+        return (
+            f"steps: {total} give {frames} frames of {p.batch_size * p.n_iter} x {p.width} x {p.height}, "
+            f"{megapixels:.0f} megapixels; at most {self.preferences.megapixels} are allowed (Settings, {TITLE}). "
+            "Take fewer steps or a larger step_increment"
+        )
+
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
@@ -206,13 +253,16 @@ class Request:
         shape = (3, p.height, p.width)
         return host.Decoded(torch.zeros(shape) for _ in p.prompts)
 
+    def _steps(self) -> tuple[int, int]:
+        """(steps of the schedule, the index where it ends unless another is asked for)."""
+        return host.img2img_steps(self.p) if self.samples else (self.settings.steps or self.p.steps, 0)
+
     def plan(self) -> Plan:
-        """The levels of the host's schedule that this request asks for."""
+        """The levels of the host's schedule, or of the latents file, that this request asks for."""
         p, settings = self.p, self.settings
-        if self.samples:
-            total, start = host.img2img_steps(p)
-        else:
-            total, start = settings.steps or p.steps, 0
+        total, start = self._steps()
+        if self.saved is not None:
+            return saved.plan(self.saved, total, start if self.samples else None)
         asked = settings.end_at_step if settings.end_at_step >= 0 else start
         walked = levels(host.get_sigmas(p, p.sampler, total), asked, settings.step_increment)
         prediction = host.prediction_type(p.sd_model)
@@ -226,6 +276,8 @@ class Request:
                 raise ValueError("videos are not supported, only pictures")
             plan = self.plan()
             batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
+            if self.saved is not None:
+                batch = self._resumed(batch)
             self._batch = (batch.x, batch.noise, plan)
             self._drive(batch, plan)
             if self._inverted is not None or self._recording is not None:
@@ -242,6 +294,13 @@ class Request:
             self.error = error
         return x
 
+    def _resumed(self, batch: Batch) -> Batch:
+        """The batch with the latents file's source in place of its own."""
+        if self.saved.source.shape != batch.x.shape:
+            shapes = f"{tuple(self.saved.source.shape)}, not {tuple(batch.x.shape)}"
+            raise ValueError(f"trajectory: {self.settings.trajectory!r} does not fit: its latents' shape is {shapes}")
+        return replace(batch, x=self.saved.source.to(batch.x))
+
     def _drive(self, batch: Batch, plan: Plan) -> None:
         """What needs the model's calls before any frame or latent is there."""
         if self.settings.mode == "invert":
@@ -249,6 +308,8 @@ class Request:
             self._batch = (self._inverted.source, batch.noise, plan)
             self.inversions.append(self._inverted.told())
             self._say_unconverged(self._inverted.levels)
+        elif self.settings.mode == "replay" and self.saved is not None:
+            self._recording = self.saved.replay
         elif self.settings.mode == "replay" and self.wanted & {"init", "latents"}:
             self._recording = driven.record(batch, plan, host.HostDraws(self.p, batch.noise), self.settings)
 
@@ -262,7 +323,7 @@ class Request:
         """img2img's own sampling, from z at its start level."""
         if self._recording is not None:
             return driven.sample_replayed(batch, plan, self._recording, self.settings.skip)
-        by_noise = self.settings.mode == "noise"
+        by_noise = self.settings.mode == "noise" and self.saved is None
         if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
             return batch.sample(plan)
         *_, (_, z) = self._walk()
@@ -272,6 +333,8 @@ class Request:
     def _walk(self) -> Iterator[tuple[int, Tensor]]:
         """Every kept level, least noisy first, as (schedule index, z)."""
         x, noise, plan = self._batch
+        if self.saved is not None:
+            return saved.walk(self.saved, plan, x)
         if self._inverted is not None:
             return self._inverted.kept(plan)
         kind = "independent" if self.settings.mode == "replay" else self.settings.noise
@@ -351,11 +414,13 @@ class Request:
             items = [] if self.samples else self.reply.stand_ins
         host.put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
+        folder = host.output_folder()
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
             INFOTEXT_PREFIX + "sigmas": self.reply.sigmas,
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
+            INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

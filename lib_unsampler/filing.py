@@ -219,7 +219,8 @@ class Filing:
     def _file_animation(self, image: int, save: bool) -> None:
         file, text, poster = self._moving[image], self._texts[image], self._last[image]
         if save:
-            file = host.save_file(self._p, file, poster, image, text, "-unsampling")
+            folder = host.preferences().animation_folder
+            file = host.save_file(self._p, file, poster, image, text, "-unsampling", folder)
         elif not getattr(self._p, "is_api", False):
             file = host.kept_file(file)
         note = {"kind": "animation", "image": self._number(image), "format": self._settings.format}

@@ -29,10 +29,6 @@ from .files import whole
 from .settings import TITLE, Preferences, parse_preferences
 
 
-GALLERY_LIMIT = 500
-"""Frames that the gallery and an API reply hold at most."""
-
-
 class RefusedError(HTTPException):
     """A request that cannot be done as asked: HTTP 422 in the API, readable text on the page."""
 
@@ -147,7 +143,24 @@ def preferences() -> Preferences:
 
 def field_defaults() -> dict[str, Any]:
     """The fields whose default is a preference; one out of its bounds is left for the request to refuse."""
-    return {"duration": getattr(shared.opts, PREFERENCE + "duration", Preferences.duration)}
+    names = ("duration", "format")
+    return {name: getattr(shared.opts, PREFERENCE + name, getattr(Preferences, name)) for name in names}
+
+
+def output_folder() -> Path:
+    """Where img2img's pictures go, and the latents files with them."""
+    return Path(shared.opts.outdir_samples or shared.opts.outdir_img2img_samples)
+
+
+def accounts() -> dict[str, str]:
+    """The API's passwords by user name; none where it is open."""
+    given = getattr(shared.cmd_opts, "api_auth", None)
+    return dict(account.split(":", 1) for account in given.split(",")) if given else {}
+
+
+def serves_api() -> bool:
+    """Whether this WebUI was started with its API."""
+    return bool(getattr(shared.cmd_opts, "api", False) or getattr(shared.cmd_opts, "nowebui", False))
 
 
 def make_sampler(p: Any) -> Any:
@@ -314,15 +327,22 @@ def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: st
     return tuple(Path(name) for name in written if name)
 
 
-def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str) -> Path:
+def save_file(
+    p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str, folder: str = ""
+) -> Path:
     """Moves a finished file to the name the host would give an image, with its own ending.
+
+    It goes into ``folder``, or where the request's pictures go.
 
     The host names files only while it saves them, so it saves a picture first, whose name is then
     taken over.
     """
     with attribute(p, "batch_index", index):
         name, _ = images.save_image(
-            *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"), info=text, p=p, suffix=suffix
+            *(picture, folder or p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"),
+            info=text,
+            p=p,
+            suffix=suffix,
         )
     placeholder = Path(name)
     final = placeholder.with_suffix(made.suffix)
@@ -381,6 +401,9 @@ def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str)
         return data
     picture = poster.copy()
     picture.info["parameters"] = text
+    if saved and preferences().animation_folder:
+        shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders
+        file = kept
     if file.suffix == ".mp4":
         comment(p, f"animation {'saved' if saved else 'for now'}: {file.absolute()}")
     else:

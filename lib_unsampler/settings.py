@@ -10,7 +10,9 @@ A surface is where a field can be set: ``cli`` (the command line over the embedd
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -291,6 +293,14 @@ class Settings:
         "with a plot of the residuals.",
         surfaces=("host",),
     )
+    trajectory: str = option(
+        "",
+        "Levels from a latents file",
+        "Use the levels of a saved latents file, named by its path below the img2img output folder, in place of new "
+        "ones: its frames are shown, init starts from its noisiest level, and with replay its noises are replayed. "
+        "Model type, size, batch and schedule must be the file's.",
+        surfaces=("host",),
+    )
     resample_cfg: float = option(
         -1.0,
         "CFG scale of the resampling (-1: as cfg)",
@@ -324,10 +334,17 @@ class Preferences:
         minimum=0.02,
         maximum=60.0,
     )
+    format: str = option(
+        "gif",
+        "Animation format to begin with",
+        "As the frame time: for the accordion, and for API requests that name none.",
+        choices=FORMATS,
+    )
     gallery_limit: int = option(
         500,
         "Most frames shown of one run",
-        "In the gallery and in an API reply. The others are only saved, and the result's info says so.",
+        "In the gallery and in an API reply, spread evenly over the levels. The others are only saved, and the "
+        "result's info says so.",
         minimum=1,
         maximum=100000,
     )
@@ -475,6 +492,14 @@ def _contradictions(read: Mapping[str, Any]) -> list[str]:
             errors.append(f"{name}: true needs mode invert")
     if read.get("mode") == "replay" and read.get("noise") == "path":
         errors.append("noise: 'path' is not independent, which every level of mode replay is")
+    if read.get("trajectory"):
+        if inverts:
+            errors.append("trajectory: a file's levels go with mode noise or replay, not with invert")
+        names = ["steps", "end_at_step", "step_increment", "normalize"]
+        for name in names if read.get("mode") == "replay" else [*names, "noise"]:
+            default = Settings.__dataclass_fields__[name].default
+            if read.get(name, default) != default:
+                errors.append(f"{name}: {read[name]!r} does not go with trajectory, whose levels are the file's")
     if read.get("mode") != "replay" and read.get("skip", 0):
         errors.append(f"skip: {read['skip']} needs mode replay")
     return errors
@@ -519,6 +544,7 @@ def parse_args(
 
 
 INFOTEXT_PREFIX = "Unsampler "
+SIZE = re.compile(r"\d+x\d+$")
 
 
 def infotext_key(f: Any) -> str:
@@ -527,7 +553,27 @@ def infotext_key(f: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    """A value as text that comes back whole from the host's parameters.
+
+    The host strips text, takes quotes off and splits ``512x512`` in two: a text that it would change
+    is written as a JSON list of one.
+    """
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    text = str(value)
+    odd = text != text.strip() or not text.isprintable() or text.startswith(('"', '["')) or SIZE.match(text)
+    return json.dumps([text]) if odd or not text else text
+
+
+def _whole_text(text: str) -> str:
+    """The text that :func:`_plain` wrote."""
+    if not (text.startswith('["') and text.endswith('"]')):
+        return text
+    try:
+        (read,) = json.loads(text)
+    except ValueError:
+        return text
+    return read
 
 
 def to_infotext(settings: Settings, surface: str) -> dict[str, str]:
@@ -543,7 +589,7 @@ def from_infotext(params: Mapping[str, str], surface: str) -> Settings:
         SettingsError: if a value was edited into something the field does not allow.
     """
     keys = {infotext_key(f): f.name for f in surface_fields(surface)}
-    return parse({keys[k]: v for k, v in params.items() if k in keys}, surface)
+    return parse({keys[k]: _whole_text(str(v)) for k, v in params.items() if k in keys}, surface)
 
 
 VERSION_KEY = INFOTEXT_PREFIX + "version"

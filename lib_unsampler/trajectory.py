@@ -229,6 +229,17 @@ def load(path: Path) -> Trajectory:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
 
 
+def check(path: Path) -> None:
+    """Raises TrajectoryError unless a file's head says that it is a trajectory which this version reads."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_version(file.metadata() or {})
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{path.name}: {error}") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TrajectoryError(f"{path.name}: not a readable trajectory file ({error})") from None
+
+
 def _recording(tensors: Mapping[str, Tensor], about: str, schedule: Tensor) -> Recording:
     told = json.loads(about)
     return Recording(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from types import MappingProxyType
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from . import shelf
 from .settings import OUTPUTS, Preferences, pasted, surface_fields
+from .trajectory import TrajectoryError
 
 ELEM_ID = "batch_unsampler"
 GROUPS = (
@@ -28,23 +30,57 @@ GROUPS = (
 )
 
 
-def build(accordion: Callable[..., Any], title: str, defaults: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+def build(
+    accordion: Callable[..., Any], title: str, defaults: Mapping[str, Any], folder: Callable[[], Path]
+) -> list[Any]:
     """The controls inside a tick-box accordion: enabled first, then the host's fields in order.
 
     Arguments:
         accordion: The host's ``InputAccordion``, or anything called like it.
         title: The accordion's label.
         defaults: What controls begin with where that is a preference.
+        folder: Where the latents files are now.
     """
     by_name = {f.name: f for f in surface_fields("host")}
     made: dict[str, Any] = {}
     with accordion(False, label=title, elem_id=ELEM_ID) as enabled:
         for heading, rows in GROUPS:
-            gr.HTML(f"<b>{heading}</b>", elem_classes=["batch-unsampler-heading"])
+            _heading(heading)
             for names in rows:
                 with gr.Row():
                     made.update({name: _control(by_name[name], defaults) for name in names})
+        _heading("From a file")
+        with gr.Row():
+            made["trajectory"] = _file_chooser(by_name["trajectory"], folder)
     return [enabled, *(made[name] for name in by_name)]
+
+
+def _heading(text: str) -> None:
+    gr.HTML(f"<b>{text}</b>", elem_classes=["batch-unsampler-heading"])
+
+
+def _file_chooser(f: Any, folder: Callable[[], Path]) -> Any:
+    """The latents files by name, with buttons that look for new ones and take one from the user's own disk."""
+
+    def listed() -> Any:
+        return gr.update(choices=["", *shelf.names(folder())])
+
+    def taken(upload: Any) -> Any:
+        try:
+            name = shelf.take(folder(), Path(getattr(upload, "name", upload)))
+        except TrajectoryError as error:
+            raise gr.Error(str(error)) from None
+        return gr.update(choices=["", *shelf.names(folder())], value=name)
+
+    common = {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
+    chooser = gr.Dropdown(choices=[], value=f.default, allow_custom_value=True, scale=8, **common)
+    chooser.preprocess = lambda value: value or ""  # settings.py checks it, as it does numbers
+    narrow = {"scale": 1, "min_width": 80}
+    look = gr.Button("Look for files", elem_id=f"{ELEM_ID}_look", **narrow)
+    upload = gr.UploadButton("Upload one", file_types=[shelf.ENDING], elem_id=f"{ELEM_ID}_upload", **narrow)
+    look.click(listed, inputs=[], outputs=[chooser], show_progress=False)
+    upload.upload(taken, inputs=[upload], outputs=[chooser], show_progress=False)
+    return chooser
 
 
 def _control(f: Any, defaults: Mapping[str, Any]) -> Any:
@@ -72,7 +108,8 @@ def _number(f: Any, value: float, common: Mapping[str, Any]) -> Any:
     WebUI's page waiting.
     """
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
-    kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": min(0.01, f.default)}
+    step = min(0.01, f.default or 0.01)
+    kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": step}
     number = gr.Number(value=value, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
     number.preprocess = lambda value: value
     return number
@@ -82,6 +119,8 @@ def preference_components() -> dict[str, tuple[Any, dict[str, Any]]]:
     """The component of each preference for the Settings tab, with its arguments."""
 
     def component(f: Any) -> tuple[Any, dict[str, Any]]:
+        if f.metadata["choices"]:
+            return gr.Radio, {"choices": list(f.metadata["choices"])}
         if isinstance(f.default, str):
             return gr.Textbox, {}
         return gr.Number, {"precision": 0 if isinstance(f.default, int) else None}

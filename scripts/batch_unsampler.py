@@ -6,7 +6,7 @@ try:
     from modules import sd_samplers_kdiffusion  # noqa: F401
     from modules.ui_components import InputAccordion
 
-    from lib_unsampler import axes, extension, host, settings, ui
+    from lib_unsampler import axes, extension, host, routes, settings, ui
 except ImportError as error:
     print(f"[Batch Unsampler] not active: this WebUI lacks k-diffusion samplers or its hooks ({error})")
 else:
@@ -21,7 +21,7 @@ else:
             return scripts.AlwaysVisible if is_img2img else False
 
         def ui(self, is_img2img):
-            controls = ui.build(InputAccordion, self.title(), host.field_defaults())
+            controls = ui.build(InputAccordion, self.title(), host.field_defaults(), host.output_folder)
             self.infotext_fields = ui.paste_fields(controls)
             return controls
 
@@ -33,3 +33,5 @@ else:
 
     script_callbacks.on_before_ui(axes.register)
     script_callbacks.on_ui_settings(lambda: host.add_preferences(ui.preference_components()))
+    if host.serves_api():
+        script_callbacks.on_app_started(lambda _, app: routes.add(app, host.output_folder, host.accounts()))

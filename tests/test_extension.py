@@ -33,6 +33,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleName
     script = script_module.BatchUnsampler()
     runner = scripts.ScriptRunner(script)
     shared.opts.temp_dir = str(tmp_path / "temporary")
+    shared.opts.outdir_img2img_samples = str(tmp_path / "out")
     model = processing.Model()
     photo = Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB")
 
@@ -62,7 +63,7 @@ def forget_host() -> None:
 
     for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
         del sys.modules[name]
-    for name in ("axes", "extension", "driven", "filing", "host", "ui"):
+    for name in ("axes", "saved", "extension", "driven", "filing", "host", "ui"):
         sys.modules.pop(f"lib_unsampler.{name}", None)
         vars(lib_unsampler).pop(name, None)
 

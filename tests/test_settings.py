@@ -58,6 +58,9 @@ def requests(surface: str) -> st.SearchStrategy[dict[str, Any]]:
 def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
     mended = {**values, "steps": 0} if "init" in values.get("output", ()) else dict(values)
+    if mended.get("trajectory"):
+        own = {"steps": 0, "end_at_step": -1, "step_increment": 1, "noise": "shared", "normalize": False}
+        mended |= own | ({"mode": "noise"} if mended["mode"] == "invert" else {})
     if mended["mode"] == "invert":
         return {**mended, "noise": "shared", "normalize": False, "skip": 0}
     mended |= {name: False for name in ("panel", "report") if name in mended}

@@ -46,9 +46,12 @@ class Options(SimpleNamespace):
             setattr(self, key, info.default)
 
 
+cmd_opts = SimpleNamespace(api=True, api_auth=None)
 hide_dirs = {"visible": True}
 opts = Options(
     data_labels={},
+    outdir_samples="",
+    outdir_img2img_samples="outputs",
     randn_source="CPU",
     eta_noise_seed_delta=0,
     img2img_fix_steps=False,
