@@ -23,6 +23,7 @@ from .filing import ENDINGS, Filing, Reply
 from .inversion import Level, kin, unconverged
 from .noising import blend, walk
 from .replay import Recording, check_function
+from .roundtrip import RoundTrip, latent_decibels, pixel_decibels
 from .schedule import levels
 from .settings import (
     INFOTEXT_PREFIX,
@@ -266,7 +267,7 @@ class Request:
         asked = settings.end_at_step if settings.end_at_step >= 0 else start
         walked = levels(host.get_sigmas(p, p.sampler, total), asked, settings.step_increment)
         prediction = host.prediction_type(p.sd_model)
-        return Plan(walked, prediction, total, own_start=walked.kept[-1] == start)
+        return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == host.img2img_steps(p))
 
     def _start(self, batch: Batch) -> Tensor:
         """In place of the sampler's ``sample_img2img``: lets the model drive what it drives, then samples from there."""
@@ -344,7 +345,7 @@ class Request:
     def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
         """Walks one batch; its levels are decoded in chunks and filed as they come."""
         shown = bool(self.wanted & PICTURES)
-        if not self.wanted - {"init"}:
+        if not self.wanted - {"init"} and not self.settings.report:
             return
         begins_clean = shown and self.settings.include_clean
         progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples)
@@ -377,7 +378,28 @@ class Request:
                 filing.abandon()  # interrupted before there was any noise
             else:
                 filing.finish(self._save_samples(), x, mask, last, self._recording)
+                self._report(filing, plan)
         progress.done()
+
+    def _report(self, filing: Filing, plan: Plan) -> None:
+        """Compares what was sampled back with the source, where that was asked for and reached."""
+        inverted = self._inverted
+        if inverted is None or inverted.back is None:
+            return
+        pictures = self._decode([(None, inverted.source), (None, inverted.back.to(inverted.source))])
+        for image, (source, back) in enumerate(zip(*pictures)):
+            encoded = host.encoded_picture(self.p, image)
+            residuals = [float(level.residual[image]) for level in inverted.levels if level.residual is not None]
+            trip = RoundTrip(
+                latents=latent_decibels(inverted.back[image], inverted.source[image]),
+                pixels=pixel_decibels(back, source),
+                codec=None if encoded is None else pixel_decibels(source, encoded),
+                steps=[level.index for level in inverted.levels],
+                residuals=residuals,
+                calls=sum(int(level.calls[image]) for level in inverted.levels),
+                tolerance=self.settings.tolerance,
+            )
+            filing.report(image, trip, self._save_samples())
 
     def _filing(self, plan: Plan) -> Filing:
         try:

@@ -6,24 +6,26 @@ the reply as its file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from . import host, render, trajectory
+from . import host, render, roundtrip, trajectory
 from .background import Background
 from .driven import Plan
 from .reel import Reel, evenly
 from .replay import Recording
+from .roundtrip import RoundTrip
 from .settings import INFOTEXT_PREFIX, Settings
 from .trajectory import Trajectory
 
-KINDS = ("animation", "contact sheet", "sigma curve", "frame")
+KINDS = ("animation", "contact sheet", "sigma curve", "report", "frame")
 """What the reply holds, in its order."""
 
 ENDINGS = {"gif": ".gif", "webp": ".webp", "apng": ".png", "mp4": ".mp4"}
@@ -208,6 +210,12 @@ class Filing:
             self._file_latents(source, mask, last, recording)
         self._say_what_is_missing(save)
 
+    def report(self, image: int, trip: RoundTrip, save: bool) -> None:
+        """Files how near one image came when it was sampled back."""
+        figures = {"latents dB": trip.latents, "pixels dB": trip.pixels, "codec dB": trip.codec, "calls": trip.calls}
+        self._file_picture("report", roundtrip.page(trip), image, "-unsampling-report", save, figures)
+        host.comment(self._p, f"round trip of image {self._number(image)}: {'; '.join(trip.lines())}")
+
     def _take_back(self) -> None:
         """The host saves nothing of what was interrupted: what was saved until then goes, the reply keeps it."""
         for item in self._own:
@@ -226,12 +234,20 @@ class Filing:
         note = {"kind": "animation", "image": self._number(image), "format": self._settings.format}
         self._put("animation", Item(host.moving_item(self._p, file, save, poster, text), text, note))
 
-    def _file_picture(self, kind: str, picture: Image.Image, image: int, suffix: str, save: bool) -> None:
+    def _file_picture(
+        self,
+        kind: str,
+        picture: Image.Image,
+        image: int,
+        suffix: str,
+        save: bool,
+        told: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         text = self._texts[image]
         picture.info["parameters"] = text
         if save:
             picture = host.saved_item(host.save_picture(self._p, picture, image, text, suffix)[0], text)
-        self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image)}))
+        self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
     def _stand_in(self) -> None:
         for image, picture in enumerate(self._last):

@@ -569,6 +569,16 @@ def identity(p: Any, title: str) -> tuple[Any, ...]:
     return (*(getattr(p, name, None) for name in SOURCE + SAMPLING), drawn, model, args, shared.opts.data)
 
 
+def encoded_picture(p: Any, image: int) -> Image.Image | None:
+    """The picture that an image's latents were encoded from; None where the host encoded a part of it."""
+    if getattr(p, "image_mask", None) is not None or not p.init_images:
+        return None
+    picture = p.init_images[image % len(p.init_images)].convert("RGB")
+    if p.resize_mode == 3:  # the host resizes the latents
+        return None
+    return images.resize_image(p.resize_mode, picture, p.width, p.height)
+
+
 def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Runs ``body(function, model, x, sigmas=, extra_args=, ...)`` where the host would run its sampler's function.
 

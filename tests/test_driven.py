@@ -253,3 +253,19 @@ def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: l
 def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:  # noqa: F811
     p, processed = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
     assert any("not converged" in text and "step" in text for text in p.comments)
+
+
+def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -> None:  # noqa: F811
+    settings = {**INVERT, "output": ["frames"], "report": True}
+    p, processed = host.run(settings, batch_size=2, steps=20)
+    notes = processed.extra_generation_params["Unsampler images"]
+    reports = [note for note in notes if note["kind"] == "report"]
+    assert [note["image"] for note in reports] == [0, 1]
+    assert all(note["latents dB"] > 80 and note["codec dB"] > 10 for note in reports), reports
+    assert any("round trip of image 1" in text and "dB" in text for text in p.comments)
+    _, alone = host.run({**settings, "output": ["init"]}, steps=20)
+    assert [note["kind"] for note in alone.extra_generation_params["Unsampler images"]] == ["report"]
+    assert len(alone.images) == 2
+    _, rough = host.run({**settings, "solver": "reverse"}, steps=20)
+    told = rough.extra_generation_params["Unsampler images"][0]
+    assert told["latents dB"] < min(note["latents dB"] for note in reports)

@@ -30,3 +30,7 @@ def save_image(
     image.save(name, pnginfo=text)
     image.already_saved_as = name
     return name, None
+
+
+def resize_image(resize_mode, im, width, height):
+    return im.resize((width, height))

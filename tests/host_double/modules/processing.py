@@ -98,6 +98,8 @@ class StableDiffusionProcessingImg2Img:
     do_not_save_samples: bool = False
     do_not_save_grid: bool = False
     init_images: list = None
+    image_mask: Any = None
+    resize_mode: int = 0
     disable_extra_networks: bool = False
     eta: float = 1.0
     refiner_checkpoint: str = None
