@@ -11,11 +11,15 @@ Two solvers, over the same k-diffusion samplers:
       \text{Euler: } \mathrm{step}_i(x) = x - (s_i - s_{i+1}) \frac{x - D(x; s_i)}{s_i}
 
   by Anderson-accelerated fixed-point iteration (Walker & Ni 2011), started from what the solved levels
-  predict. Sampling again then gives the source. The step is taken by the sampler's function itself, so
-  every deterministic one-step sampler can be inverted.
+  predict, with what they taught about the model's Jacobian. Sampling again then gives the source. The step is
+  taken by the sampler's own function, so every deterministic one-step sampler is served by one solver.
+  Each image of a batch converges by itself, and costs no call once it has.
 
 The sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
-source; ``exact`` gives the best it found, and its residual says how good that is.
+source. The convention: it is solved like every other step, from x = source, and where it converges no
+further, or only to more noise than that level has (three times its sigma), the best x stays. Its residual says
+what is lost, and the round trip loses about that much.
+Half-precision models converge as far as their rounding lets them: the solver stops where it gets no nearer.
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
 their velocity). The solver's own arithmetic is float64 on the CPU: latents are small beside a model call,
@@ -24,7 +28,7 @@ and not every device has float64. The model sees float32, or the latent's dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,9 +55,19 @@ KIN = {
 }
 """Samplers that add noise, and the deterministic one that solves the same equation in the same way."""
 
-MEMORY = 3
-SAFETY = 3.0
-PATIENCE = 4
+MEMORY, CARRIED = 6, 3
+"""Secant pairs kept for each image at a level, and taken along to the next."""
+
+CAUTION, LEAST_RATE = 3.0, 0.01
+"""An x is accepted without a call to check it if the residual would do at CAUTION times the worst rate of
+convergence seen at its level, or LEAST_RATE."""
+
+IMPLAUSIBLE = 3.0
+"""The most noise, in units of the first level's sigma, that the last step's x may hold: beyond, no sampler goes."""
+
+PROGRESS, PATIENCE = 0.8, 6
+"""Evaluations without a residual below PROGRESS of the best after which a level is left as it is; halfway
+there the solver begins again from the best."""
 
 
 class Model(Protocol):
@@ -82,9 +96,9 @@ class Level:
         z: The state, float32 or the latent's wider dtype, on its device, with shape (B, C, [T,] H, W).
         denoised: The model's last estimate D(z; sigma) from the way to z, of the same shape, or None where
             the model was not asked at this level (``reverse``: the noisiest).
-        residual: RMS of step(z) minus the state below, over the standard deviation of noisy latents at this
-            level (:math:`\sqrt{1 + s^2}`; flow: 1), with shape (B); None under ``reverse``, which measures none.
-            A z that was accepted without another call has the residual its convergence rate predicts.
+        residual: RMS of step(z) minus the state below, over max(1, sigma) (flow: max(1 - sigma, sigma)), with
+            shape (B); None under ``reverse``, which measures none. Where z was accepted without another call,
+            it is the residual that the rate of convergence promises.
         calls: Model calls spent on each image, with shape (B).
         converged: Whether the residual reached the tolerance, with shape (B).
     """
@@ -163,7 +177,7 @@ def invert(
     return run.reverse() if solver == "reverse" else run.exact(tolerance, max_calls)
 
 
-def unconverged(walked: list[Level]) -> list[str]:
+def unconverged(walked: Sequence[Level]) -> list[str]:
     """A sentence for each level at which images did not reach the tolerance."""
     return [
         f"step {level.index} (sigma {level.sigma:.4g}): {int((~level.converged).sum())} of {len(level.converged)} "
@@ -205,8 +219,8 @@ class _Run:
         self._visit(Level(index, float(self._schedule[index]), z.to(self._like), shown, **about))
 
     def _scale(self, sigma: Tensor) -> Tensor:
-        """Standard deviation of noisy latents at a level."""
-        return torch.hypot(signal_scale(sigma, self._prediction), sigma) if self._prediction != "flow" else sigma * 0 + 1
+        """Standard deviation of noisy latents at a level, for latents of deviation 1; flow: of their larger part."""
+        return torch.maximum(signal_scale(sigma, self._prediction), sigma)
 
     def reverse(self) -> Tensor:
         """The sampler's function over the ascending schedule."""
@@ -237,8 +251,10 @@ class _Run:
 
     def _reversed(self, index: int, z: Tensor, denoised: Tensor | None) -> None:
         about = {"residual": None, "converged": torch.ones(len(z), dtype=torch.bool)}
-        self._hand_over(index, z, denoised, calls=torch.full((len(z),), self._count), **about)
-        self._count = 0
+        for same in self._levels.visited:
+            if self._schedule[same] == self._schedule[index]:  # repeats of a level have its state, at no call
+                self._hand_over(same, z, denoised, calls=torch.full((len(z),), self._count), **about)
+                self._count = 0
 
     def _mirrored(self, sigma: Tensor) -> int:
         """The forward call at a sigma; between two levels, the second call of the step between them."""
@@ -250,25 +266,22 @@ class _Run:
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y, past = self._source, []
+        solver = _Solver(self._source, tolerance, max_calls)
         for index in self._levels.visited:
-            sigma = self._schedule[index]
-            guess = self._predicted(y, index, past)
-            solver = _Solver(self._step_onto(index, y), float(self._scale(sigma)), tolerance, max_calls)
-            solved = solver.solve(y, guess)
-            past = [(sigma, solved.denoised), *past][:2]
-            self._hand_over(
-                index,
-                solved.x,
-                solved.denoised,
-                residual=solved.residual,
-                calls=solved.calls,
-                converged=solved.residual <= tolerance,
-            )
+            sigmas = self._schedule[index : index + 2]
+            if sigmas[0] > sigmas[1]:
+                scale = float(self._scale(sigmas[0]))
+                solved = solver.solve(self._step_onto(index, y), self._predicted(y, sigmas, past), sigmas, scale)
+                past = [(sigmas[0], solved.denoised), *past][:2]
+            else:  # a level that repeats the one below: the same state, no call
+                solved = _Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
+            about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
+            self._hand_over(index, solved.x, solved.denoised, **about)
             y = solved.x
         return y.to(self._like)
 
-    def _step_onto(self, index: int, y: Tensor) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]:
-        """``(x, images) -> (step(x) - y, D(x), model calls)`` for some images of the batch."""
+    def _step_onto(self, index: int, y: Tensor) -> Evaluate:
+        """F for some images of the batch, with the D and the model calls of its evaluation."""
         sigmas = self._schedule[index : index + 2]
         first = self._per_step * (index - self._levels.visited[-1])
 
@@ -285,17 +298,25 @@ class _Run:
 
         return evaluate
 
-    def _predicted(self, y: Tensor, index: int, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Where to begin: D extrapolated linearly in log sigma, in the Euler step's closed form."""
+    def _predicted(self, y: Tensor, sigmas: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+
+        With D given the sampler's step is affine in x, :math:`\\mathrm{step}(x) = \\alpha x + \\gamma`.
+        """
         if not past:
             return y
-        s, below = self._schedule[index], self._schedule[index + 1]
-        denoised = past[0][1]
-        if len(past) > 1:
-            (s0, d0), (s1, d1) = past
-            denoised = d0 + (s / s0).log() / (s0 / s1).log() * (d0 - d1)
-        ratio = s / below
-        return ratio * y + (1 - ratio) * denoised
+
+        def extrapolated(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            (s0, d0), (s1, d1) = past[0], past[-1]
+            return d0 if s0 == s1 else d0 + (sigma[0] / s0).log() / (s0 / s1).log() * (d0 - d1)
+
+        one = torch.ones(1, 1).double()
+        slope = self._function(lambda x, sigma, **_: 0 * x, one, sigmas, extra_args={}, disable=True)
+        return y + (y - self._function(extrapolated, y, sigmas, extra_args={}, disable=True)) / slope.item()
+
+
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
+"""``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
 
 
 @dataclass
@@ -307,68 +328,104 @@ class _Solved:
 
 
 class _Solver:
-    """Anderson-accelerated fixed-point iteration on F(x) = 0, for each image of a batch by itself."""
+    r"""Anderson acceleration on F(x) = 0 for each image of a batch by itself, level after level.
 
-    def __init__(
-        self,
-        evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]],
-        scale: float,
-        tolerance: float,
-        max_calls: int,
-    ) -> None:
-        self._evaluate = evaluate
-        self._scale = scale
+    What was learnt of the model's Jacobian J at a level is carried to the next: a secant pair (dx, dF) there
+    is a pair (dx, J dx) with :math:`dF = (1 - c) dx + c\, J dx`, :math:`c = 1 - s_{i+1} / s_i`, and along dx
+    the model is taken for a Gaussian prior's, :math:`J = v / (v + s^2)`.
+    """
+
+    def __init__(self, source: Tensor, tolerance: float, max_calls: int) -> None:
         self._tolerance = tolerance
         self._max_calls = max_calls
+        shape = (len(source), MEMORY, source[0].numel())
+        self._moves = torch.zeros(shape).double()
+        self._answers = torch.zeros(shape).double()  # J dx
+        self._count = torch.zeros(len(source)).long()  # pairs ever kept, of each image
+        self._floor = torch.zeros(len(source)).double()  # the residual below which the model only gives noise
+        self._sigma: Tensor | None = None
 
-    def _rms(self, x: Tensor) -> Tensor:
-        return x.flatten(1).square().mean(1).sqrt() / self._scale
-
-    def solve(self, y: Tensor, guess: Tensor) -> _Solved:
-        """Each image's x, the residual it has, and the calls it took."""
-        best = _Solved(guess.clone(), guess.clone(), torch.full((len(y),), torch.inf).double(), torch.zeros(len(y)).int())
-        images, x = torch.arange(len(y)), guess
-        steps: list[Tensor] = []
-        changes: list[Tensor] = []
-        before: tuple[Tensor, Tensor] | None = None
-        rates = torch.ones(len(y)).double()
-        stale = torch.zeros(len(y)).int()
+    def solve(self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float) -> _Solved:
+        """Each image's x, D(x), residual, and the model calls it took."""
+        self._turn_to(sigmas[0])
+        part = float(1 - sigmas[1] / sigmas[0])
+        enough = torch.maximum(2 * self._floor, torch.tensor(self._tolerance).double())
+        reach = IMPLAUSIBLE * float(sigmas[0]) if sigmas[1] == 0 else torch.inf
+        size = len(guess)
+        best = _Solved(guess.clone(), guess.clone(), torch.full((size,), torch.inf).double(), torch.zeros(size).int())
+        forces = torch.zeros_like(guess)  # F at the best x
+        stale, rates = torch.zeros(size).int(), torch.full((size,), LEAST_RATE).double()
+        images, x = torch.arange(size), guess
+        before: tuple[Tensor, Tensor, Tensor] | None = None
         while len(images):
-            force, denoised, calls = self._evaluate(x, images)
-            residual = self._rms(force)
+            force, denoised, calls = evaluate(x, images)
+            residual = force.flatten(1).square().mean(1).sqrt() / scale
             best.calls[images] += calls
+            stale[images] = torch.where(residual < PROGRESS * best.residual[images], 0, stale[images] + 1).int()
             better = residual < best.residual[images]
-            stale[images] = torch.where(residual < 0.5 * best.residual[images], 0, stale[images] + 1).int()
-            for kept, new in ((best.x, x), (best.denoised, denoised), (best.residual, residual)):
-                kept[images[better]] = new[better]
+            _keep(best, images[better], x[better], denoised[better], residual[better])
+            forces[images[better]] = force[better]
+            predicted = torch.full_like(residual, torch.inf)
             if before is not None:
-                steps = [*steps, x - before[0]][-MEMORY:]
-                changes = [*changes, force - before[1]][-MEMORY:]
-                rates[images] = (residual / self._rms(before[1])).nan_to_num(1.0)
-            following = x - _mixed(force, steps, changes)
-            predicted = SAFETY * rates[images] * residual
-            taken = (predicted <= self._tolerance) & (residual > self._tolerance)
-            best.x[images[taken]], best.residual[images[taken]] = following[taken], predicted[taken]
-            best.denoised[images[taken]] = denoised[taken]
-            done = taken | (residual <= self._tolerance) | (stale[images] >= PATIENCE)
-            done |= best.calls[images] + calls > self._max_calls
-            going = ~done
-            before = (x[going], force[going])
-            steps, changes = [s[going] for s in steps], [c[going] for c in changes]
+                self._learn(images, x - before[0], force - before[1], part)
+                rates[images] = torch.maximum(rates[images], residual / before[2])
+                predicted = residual * CAUTION * rates[images]
+            lost = stale[images] == PATIENCE // 2  # begin again from the best, with nothing learnt
+            self._moves[images[lost]] = self._answers[images[lost]] = 0
+            x, force = (torch.where(_column(lost, x), kept[images], now) for kept, now in ((best.x, x), (forces, force)))
+            following = _within(reach, guess[images], x - self._step(images, force, part))
+            done = residual <= enough[images]
+            ahead = ~done & (predicted <= enough[images])
+            _keep(best, images[ahead], following[ahead], denoised[ahead], predicted[ahead])
+            stuck = ~done & ~ahead & (stale[images] >= PATIENCE)
+            if sigmas[1] > 0:
+                self._floor[images[stuck]] = best.residual[images[stuck]]
+            going = ~(done | ahead | stuck | (best.calls[images] + calls > self._max_calls))
+            before = (x[going], force[going], residual[going])
             images, x = images[going], following[going]
         return best
 
+    def _turn_to(self, sigma: Tensor) -> None:
+        """Forgets all but each image's newest pairs and moves those to a new level."""
+        if self._sigma is not None:
+            age = (self._count[:, None] - 1 - torch.arange(MEMORY)) % MEMORY
+            self._moves[age >= CARRIED] = self._answers[age >= CARRIED] = 0
+            slope = (self._moves * self._answers).sum(2) / self._moves.square().sum(2)
+            variance = self._sigma**2 * slope / (1 - slope)
+            turned = torch.where(slope > 0, variance / (variance + sigma**2) / slope, (self._sigma / sigma) ** 2)
+            self._answers *= torch.where(slope < 1, turned, 1.0)[:, :, None]
+        self._sigma = sigma
 
-def _mixed(force: Tensor, steps: list[Tensor], changes: list[Tensor]) -> Tensor:
-    """Anderson's step: the secants' least squares for what they span, the plain iteration for the rest."""
-    if not steps:
-        return force
-    flat = force.flatten(1)
-    dx, df = (torch.stack([t.flatten(1) for t in history], 2) for history in (steps, changes))
-    norms = df.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    dx, df = dx / norms, df / norms
-    gram = df.mT @ df
-    ridge = 1e-12 * torch.eye(gram.shape[-1]).double()
-    weights = torch.linalg.solve(gram + ridge, df.mT @ flat.unsqueeze(2))
-    move = flat + ((dx - df) @ weights).squeeze(2)
-    return move.reshape(force.shape)
+    def _learn(self, images: Tensor, move: Tensor, change: Tensor, part: float) -> None:
+        slots = self._count[images] % MEMORY
+        self._moves[images, slots] = move.flatten(1)
+        self._answers[images, slots] = (change - (1 - part) * move).flatten(1) / part
+        self._count[images] += 1
+
+    def _step(self, images: Tensor, force: Tensor, part: float) -> Tensor:
+        """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
+        moves = self._moves[images].mT
+        changes = (1 - part) * moves + part * self._answers[images].mT
+        sizes = changes.norm(dim=1, keepdim=True)
+        inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
+        moves, changes = moves * inverse, changes * inverse
+        flat = force.flatten(1)[:, :, None]
+        weights = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
+        newest = (self._count[images] - 1) % MEMORY
+        speed = (moves * changes).sum(1)[torch.arange(len(images)), newest]
+        speed = torch.where(speed > 0, speed.clamp(0.1, 2.0), 1.0)[:, None, None]
+        return (speed * (flat - changes @ weights) + moves @ weights).reshape(force.shape)
+
+
+def _within(reach: float, centre: Tensor, x: Tensor) -> Tensor:
+    """x, pulled towards the centre where it is further than ``reach`` (RMS) from it."""
+    away = (x - centre).flatten(1).square().mean(1).sqrt()
+    return centre + _column((reach / away).clamp_max(1.0), x) * (x - centre) if reach < torch.inf else x
+
+
+def _column(of: Tensor, like: Tensor) -> Tensor:
+    return append_dims(of, like.ndim)
+
+
+def _keep(best: _Solved, images: Tensor, x: Tensor, denoised: Tensor, residual: Tensor) -> None:
+    best.x[images], best.denoised[images], best.residual[images] = x, denoised, residual
