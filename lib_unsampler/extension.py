@@ -297,10 +297,10 @@ class Request:
 
     def _resumed(self, batch: Batch) -> Batch:
         """The batch with the latents file's source in place of its own."""
-        if self.saved.source.shape != batch.x.shape:
+        if self.saved.source.shape[1:] != batch.x.shape[1:] or len(self.saved.source) not in (1, len(batch.x)):
             shapes = f"{tuple(self.saved.source.shape)}, not {tuple(batch.x.shape)}"
             raise ValueError(f"trajectory: {self.settings.trajectory!r} does not fit: its latents' shape is {shapes}")
-        return replace(batch, x=self.saved.source.to(batch.x))
+        return replace(batch, x=self.saved.source.to(batch.x).expand_as(batch.x).clone())
 
     def _drive(self, batch: Batch, plan: Plan) -> None:
         """What needs the model's calls before any frame or latent is there."""

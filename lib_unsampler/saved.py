@@ -19,14 +19,14 @@ def refusal(
 
     Arguments:
         prediction: The loaded model's prediction type.
-        images: Images in each batch of the request.
+        images: Images in each batch of the request; a file of one picture serves each of them.
         size: Height and width of its latents.
         schedule: The schedule that sampling goes on with, with shape (n + 1); None where nothing is sampled.
     """
     if saved.prediction != prediction:
         return f"it is from a model of type {saved.prediction}, and the loaded one is of type {prediction}"
     height, width = saved.source.shape[-2:]
-    if (len(saved.source), height, width) != (images, *size):
+    if (height, width) != size or len(saved.source) not in (1, images):
         held, asked = f"{len(saved.source)} of {8 * width} x {8 * height}", f"{images} of {8 * size[1]} x {8 * size[0]}"
         return f"it holds other pictures: {held}, and a batch of this request is {asked}"
     if schedule is not None and not _same(saved.schedule, schedule):
@@ -64,4 +64,4 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
 def walk(saved: Trajectory, plan: Plan, like: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Every level as (schedule index, z), least noisy first; the last is what sampling goes on from, unmasked."""
     levels = [*saved.z[:-1], saved.latent]
-    return ((index, z.to(like)) for index, z in zip(plan.levels.kept, levels))
+    return ((index, z.to(like).expand_as(like)) for index, z in zip(plan.levels.kept, levels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,3 +270,23 @@ def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -
     _, rough = host.run({**settings, "solver": "reverse"}, steps=20)
     told = rough.extra_generation_params["Unsampler images"][0]
     assert told["latents dB"] < min(note["latents dB"] for note in reports)
+
+
+def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: SimpleNamespace) -> None:  # noqa: F811
+    fields = {"sampler_name": "Euler a", "cfg_scale": 3, "denoising_strength": 1.0}
+    p, processed = host.run({"mode": "replay", "output": ["latents"], "cfg": 3, "positive": "a cat"}, **fields)
+    name = Path(processed.extra_generation_params["Unsampler latents"][0]).name
+    later = {"mode": "replay", "output": ["init", "frames"], "trajectory": name}
+    again, made = host.run(later, batch_size=3, seed=77, **fields)
+    assert decibels(again.latest_samples, p.init_latent.expand(3, -1, -1, -1)) >= 180
+    edited, _ = host.run(later, batch_size=3, prompt="a dog", **fields)
+    assert decibels(edited.latest_samples, p.init_latent.expand(3, -1, -1, -1)) < 100
+    kinds = [note["kind"] for note in made.extra_generation_params["Unsampler images"]]
+    assert kinds == ["frame"] * 27 and len(made.images) == 30
+
+
+def test_a_file_of_two_pictures_is_not_one_of_three(host: SimpleNamespace) -> None:  # noqa: F811
+    _, processed = host.run({"output": ["latents"]}, batch_size=2)
+    name = Path(processed.extra_generation_params["Unsampler latents"][0]).name
+    with pytest.raises(HTTPException, match="2 of 64 x 64, and a batch of this request is 3 of 64 x 64"):
+        host.run({"output": ["frames"], "trajectory": name}, batch_size=3)

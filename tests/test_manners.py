@@ -195,7 +195,6 @@ def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespa
 @pytest.mark.parametrize(
     ("settings", "request_", "said"),
     [
-        ({}, {"batch_size": 2}, "it holds other pictures: 1 of 64 x 64, and a batch of this request is 2 of 64 x 64"),
         ({}, {"width": 128}, "it holds other pictures: 1 of 64 x 64, and a batch of this request is 1 of 128 x 64"),
         ({}, {"steps": 9}, "it was made on another schedule: 8 steps from sigma 14.61 to 0.02917, and this"),
         ({}, {"parameterization": "v"}, "it is from a model of type eps, and the loaded one is of type v"),
