@@ -19,6 +19,7 @@ TARGETS = {
     "curve": (".png",),
     "latents": (".safetensors",),
     "resample": (".png",),
+    "report": (".png",),
 }
 """Where results go: each target's file endings; none is a folder."""
 
@@ -36,6 +37,7 @@ examples:
   python -m lib_unsampler cat.jpg -o cat.gif --steps 30 --noise path --end-at-step 10
   python -m lib_unsampler cat.jpg --latents cat.safetensors --resample back.png
   python -m lib_unsampler --resume cat.safetensors --resample sea.png --positive sea --cfg 3
+  python -m lib_unsampler cat.jpg -o panel.gif --mode invert --panel --report report.png
   python -m lib_unsampler cat.jpg --mode replay --sampler euler_ancestral --resample sea.png --resample-positive sea
 """
 
@@ -52,6 +54,11 @@ def fail(message: str) -> NoReturn:
     line = " ".join(str(message).split())
     print(f"unsampler: error: {line}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def note(message: str) -> None:
+    """One line on standard error, where the results' names are not."""
+    print(f"unsampler: {message}", file=sys.stderr)
 
 
 def make_parser() -> Parser:
@@ -81,6 +88,9 @@ def make_parser() -> Parser:
     files.add_argument("--latents", metavar="FILE.safetensors", type=_path, help="the trajectory, to resume from")
     files.add_argument(
         "--resample", metavar="OUT.png", type=_path, help="the noisiest latent, sampled back to a picture"
+    )
+    files.add_argument(
+        "--report", metavar="OUT.png", type=_path, help="mode invert: how near sampling back comes, and a residual plot"
     )
     source = parser.add_argument_group("what goes in")
     source.add_argument("--resume", metavar="FILE", type=_path, help="go on from a saved trajectory, not a picture")
@@ -143,7 +153,9 @@ def check(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[s
     except SettingsError as error:
         errors += error.errors
     if not targets:
-        errors.append("nothing to make: name at least one of -o, --frames, --sheet, --curve, --latents, --resample")
+        errors.append("nothing to make: name at least one of -o, --frames, --sheet, --curve, --latents, --resample, --report")
+    if "report" in targets and settings.get("mode") != "invert" and not inputs["resume"]:
+        errors.append("report: needs mode invert")
     if inputs["resume"]:
         errors += _check_resume(inputs, settings, targets)
     elif not inputs["pictures"]:
@@ -164,6 +176,8 @@ def _check_resume(inputs: dict[str, Any], settings: dict[str, Any], targets: dic
     errors += [f"{name}: does not go with --resume" for name in ("pictures", "mask", "size") if inputs[name]]
     if "latents" in targets:
         errors.append("latents: the resumed trajectory is that file already")
+    if "report" in targets:
+        errors.append("report: belongs to the inversion itself; it can not be made from a trajectory")
     return errors
 
 
@@ -185,12 +199,15 @@ def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]
     settings = parse(values, "cli")
     if "resample" in targets or settings.mode == "replay":
         standalone.check_resampling(settings)
+    if settings.mode == "invert" and (message := standalone.check_inversion(settings)):
+        note(message)
     standalone.plan_levels(settings)
     each = [parse({**values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
     for picture, own, paths in zip(pictures, each, written):
         source = standalone.load_picture(picture, inputs["size"] or 512)
         mask = standalone.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
-        standalone.unsample_picture(source, own, standalone.Targets(**paths), mask)
+        for line in standalone.unsample_picture(source, own, standalone.Targets(**paths), mask):
+            note(f"{picture}: {line}")
         _report(paths)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from . import animation, render, replay, sampling, trajectory
+from . import animation, inversion, render, replay, roundtrip, sampling, trajectory
 from .background import Background
 from .embedded import Denoiser, guided, make_model, masked
 from .noising import SeededDraws, blend, unsample, walk
@@ -27,6 +27,7 @@ from .replay import Recording
 from .schedule import Levels, levels
 from .settings import Settings, to_infotext
 from .trajectory import Trajectory
+from .walkback import WalkBack, round_trip, walk_back
 
 PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
 DEFAULT_STEPS = 20
@@ -60,6 +61,7 @@ class Targets:
     curve: Path | None = None
     latents: Path | None = None
     resample: Path | None = None
+    report: Path | None = None
 
 
 def load_picture(path: Path, size: int) -> Tensor:
@@ -108,19 +110,44 @@ def progression(source: Tensor, plan: Levels, settings: Settings, mask: Tensor |
 
 def replayed(saved: Trajectory, settings: Settings) -> Iterator[Step]:
     """The frames of a saved trajectory, least noisy first."""
-    levels = ((index, sigma, z, z) for index, sigma, z in zip(_indices(saved), saved.sigmas, saved.z))
-    return _shown(levels, saved.source, saved.mask, settings)
+    found = list(zip(_indices(saved), saved.sigmas, saved.z))
+    model = source_model(settings, saved.source, None)
+    seen = {index: model(z, sigma.reshape(1)) for index, sigma, z in found} if settings.panel else None
+    return _shown(((index, sigma, z, z) for index, sigma, z in found), saved.source, saved.mask, settings, seen)
 
 
-def _shown(levels: Iterable[Level], source: Tensor, mask: Tensor | None, settings: Settings) -> Iterator[Step]:
-    """The steps of these levels with their pictures, the source before them if it is wanted."""
+def walked_back(
+    walked: WalkBack, source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None
+) -> Iterator[Step]:
+    """The frames of an inversion; z is what the model made, which saw no mask."""
+    kept = [level for level in walked.levels if level.index in plan.kept]
+    levels = ((level.index, plan.schedule[level.index], level.z, blend(level.z, source, mask)) for level in kept)
+    return _shown(levels, source, mask, settings, walked.estimates)
+
+
+def _shown(
+    levels: Iterable[Level],
+    source: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    estimates: Mapping[int, Tensor] | None = None,
+) -> Iterator[Step]:
+    """The steps of these levels with their pictures, the source before them if it is wanted.
+
+    With estimates, the model's D(z) by schedule index, a picture is a panel: source, z, D(z).
+    """
+    clean = render.to_pictures(source)[0]
 
     def decode(taken: list[Level]) -> list[list[Image.Image]]:
         views = [render.viewed(m, source, mask, s, PREDICTION[settings.model], settings.view) for _, s, _, m in taken]
-        return [[picture] for picture in render.to_pictures(torch.cat(views))]
+        pictures = render.to_pictures(torch.cat(views))
+        if not estimates:
+            return [[picture] for picture in pictures]
+        seen = render.to_pictures(torch.cat([estimates[index] for index, *_ in taken]))
+        return [[render.beside([clean, *pair])] for pair in zip(pictures, seen)]
 
     if settings.include_clean:
-        yield Step(None, 0.0, source, render.to_pictures(source)[0])
+        yield Step(None, 0.0, source, render.beside([clean] * 3) if estimates else clean)
     chunk = max(1, CHUNK_VALUES // source.numel())
     for (index, sigma, z, _), (picture,) in render.in_chunks(levels, decode, chunk):
         yield Step(index, float(sigma), z, picture)
@@ -206,6 +233,17 @@ def check_resampling(settings: Settings) -> None:
         make_model(settings.model, prompt, 1, 1)
 
 
+def check_inversion(settings: Settings) -> str | None:
+    """What is to be said before a picture is inverted: that another sampler than the named one is.
+
+    Raises:
+        ValueError: for an unknown prompt, or a sampler that can not be inverted.
+    """
+    for prompt in (settings.positive, settings.negative):
+        make_model(settings.model, prompt, 1, 1)
+    return inversion.kin(settings.sampler, settings.solver)[1]
+
+
 def plan_levels(settings: Settings) -> Levels:
     """The walk that settings ask of the embedded models.
 
@@ -220,10 +258,15 @@ def plan_levels(settings: Settings) -> Levels:
 
 def unsample_picture(
     source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, quiet: bool = False
-) -> None:
-    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted."""
+) -> list[str]:
+    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan = plan_levels(settings)
-    steps = progression(source, plan, settings, mask)
+    if settings.mode == "invert":
+        model = source_model(settings, source, None)  # a model must not see a clean border at a high noise level
+        walked = walk_back(model, source, plan, settings, PREDICTION[settings.model], quiet)
+        steps = walked_back(walked, source, plan, settings, mask)
+    else:
+        steps = progression(source, plan, settings, mask)
     with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
         last = _write(with_latents(steps, kept, source, mask), plan.schedule, list(plan.kept), settings, targets, quiet)
         recording = None
@@ -249,6 +292,14 @@ def unsample_picture(
         play_back(recording, 0, source, mask, settings, targets.resample, quiet)
     elif targets.resample:
         carry_back(last, source, mask, remaining(plan), settings, targets.resample)
+    if settings.mode == "invert":
+        said = inversion.unconverged(walked.levels)
+        if targets.report:
+            trip = round_trip(model, walked, source, plan, settings.tolerance)
+            animation.write_png(targets.report, roundtrip.page(trip), parameters(settings))
+            said = [*said, *trip.lines()]
+        return said
+    return []
 
 
 def with_latents(

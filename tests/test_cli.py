@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -235,6 +236,97 @@ def test_every_sampler_resamples_outside_the_mask_exactly(
     run(picture, "--resample", back, "--sampler", sampler, "--mask", half_mask, *SHORT)
     assert torch.equal(pixels(back)[:, :16], pixels(picture)[:, :16])
     assert not torch.equal(pixels(back)[:, 16:], pixels(picture)[:, 16:])
+
+
+# Invert
+
+INVERT = ("--mode", "invert", "--positive", "sunset", "--negative", "night", "--cfg", "3")
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("model", ["gaussian", "gaussian-flow", "mixture"])
+def test_an_exact_inversion_samples_back_to_the_picture_now_or_later(
+    model: str, sampler: str, picture: Path, tmp_path: Path
+) -> None:
+    """Pixel for pixel under the same prompts; the latents file holds the model's states and resumes."""
+    there, back, again = tmp_path / "t.safetensors", tmp_path / "back.png", tmp_path / "again.png"
+    start = (picture, *INVERT, "--model", model, "--sampler", sampler, "--steps", 10, "--step-increment", 3)
+    run(*start, "--resample", back, "--latents", there)
+    assert torch.equal(pixels(back), pixels(picture))
+    run("--resume", there, "--resample", again)
+    assert torch.equal(pixels(again), pixels(picture))
+    saved = trajectory.load(there)
+    assert saved.z.shape[0] == 4 and saved.settings["mode"] == "invert"
+    run(*start, "--resample", tmp_path / "edit.png", "--resample-positive", "sea", "--resample-cfg", 1)
+    assert (pixels(tmp_path / "edit.png").int() - pixels(picture).int()).abs().float().mean() > 5
+
+
+def test_reverse_takes_a_call_a_level_and_comes_back_less_near(
+    picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    near: dict[str, float] = {}
+    for solver in ("exact", "reverse"):
+        run(picture, *INVERT, "--solver", solver, "--report", tmp_path / f"{solver}.png")
+        said = capsys.readouterr().err
+        near[solver] = float(re.search(r"latents ([\d.]+) dB", said).group(1))
+        assert solver == "exact" or "20 model calls for 20 levels" in said
+    assert near["exact"] > 80 > near["reverse"] + 20
+    assert Image.open(tmp_path / "exact.png").size == (720, 405)
+
+
+def test_a_panel_shows_source_level_and_estimate(picture: Path, tmp_path: Path) -> None:
+    there, frames, alone, later = (tmp_path / n for n in ("t.safetensors", "panels", "alone", "later"))
+    run(picture, *INVERT, "--cfg", 1, "--steps", 5, "--panel", "--frames", frames, "--latents", there)
+    run(picture, *INVERT, "--cfg", 1, "--steps", 5, "--frames", alone)
+    run("--resume", there, "--frames", later)
+    saved, prior = trajectory.load(there), make_model("gaussian", "sunset", 24, 32)
+    panels = sorted(frames.iterdir())
+    assert [p.name for p in panels] == [p.name for p in sorted(alone.iterdir())] and len(panels) == 6
+    assert torch.equal(pixels(panels[0]), torch.cat([pixels(picture)] * 3, 1))
+    for panel, z, sigma in zip(panels[1:], saved.z, saved.sigmas):
+        source, shown, seen = pixels(panel).split(32, 1)
+        assert torch.equal(source, pixels(picture)) and torch.equal(shown, pixels(alone / panel.name))
+        truth = ((prior(z, sigma.reshape(1)).clamp(-1, 1) + 1) * 127.5)[0].permute(1, 2, 0)
+        assert (seen - truth).abs().max() < 1
+        assert (pixels(later / panel.name).int() - pixels(panel).int()).abs().max() <= 1
+
+
+def test_an_inversion_sees_no_mask_and_its_frames_do(picture: Path, half_mask: Path, tmp_path: Path) -> None:
+    masked, whole, frames = tmp_path / "m.safetensors", tmp_path / "w.safetensors", tmp_path / "frames"
+    run(picture, *INVERT, *SHORT, "--latents", masked, "--mask", half_mask, "--frames", frames, "--view", "raw")
+    run(picture, *INVERT, *SHORT, "--latents", whole)
+    assert torch.equal(trajectory.load(masked).handoff, trajectory.load(whole).z[-1])
+    for frame in frames.iterdir():
+        assert torch.equal(pixels(frame)[:, :16], pixels(picture)[:, :16])
+
+
+def test_a_sampler_that_is_inverted_as_another_is_named(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    run(picture, "--mode", "invert", *SHORT, "--sampler", "dpmpp_sde", "--latents", tmp_path / "t.safetensors")
+    assert "unsampler: dpmpp_sde adds noise at each step" in capsys.readouterr().err
+
+
+def test_what_did_not_converge_is_named(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    run(picture, *INVERT, *SHORT, "--max-calls", 1, "--latents", tmp_path / "t.safetensors")
+    assert "step 3 (sigma 0.02917): 1 of 1 images not converged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--sampler", "dpm_fast"), "sampler: 'dpm_fast' can not be inverted; choose one of euler, heun"),
+        (("--noise", "path"), "noise: 'path' is not shared; with mode invert the model makes the noise"),
+        (("--normalize",), "normalize: true does not go with mode invert"),
+        (("--positive", "zebra"), "'zebra' is not a prompt"),
+        (("--mode", "noise", "--panel"), "panel: true needs mode invert"),
+        (("--mode", "noise", "--report", "r.png"), "report: needs mode invert"),
+        (("--solver", "magic"), "solver: 'magic' is not one of exact, reverse"),
+    ],
+    ids=lambda o: "_".join(o)[2:40] if isinstance(o, tuple) else "",
+)
+def test_an_inversion_that_cannot_be_is_refused(
+    options: tuple[str, ...], said: str, picture: Path, capsys: Capture
+) -> None:
+    assert said in refused(capsys, picture, "-o", "x.gif", "--mode", "invert", *options)
 
 
 # Replay
