@@ -111,6 +111,7 @@ class Request:
         self.settings = settings
         self.wanted = set(settings.output)
         self.error: Exception | None = None
+        self.messages: list[str] = []
         self.inversions: list[list[dict[str, Any]]] = []
         self.script = host.selected_script(p)
         self.preferences = host.preferences()
@@ -444,5 +445,6 @@ class Request:
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
             INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
+            **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

@@ -461,8 +461,11 @@ def next_job() -> None:
 
 
 def comment(p: Any, text: str) -> None:
-    """A remark for the result's info and the log."""
+    """A remark for the result's info, on the page and in the API, and for the log."""
     print(f"[Batch Unsampler] {text}")
+    request = getattr(p, "batch_unsampler", None)
+    if request is not None:
+        request.messages.append(text)
     if hasattr(p, "comment"):
         p.comment(text)
 

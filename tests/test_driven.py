@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,8 +135,9 @@ def test_an_unchanged_request_does_not_invert_twice_and_any_change_does(
 
 @pytest.mark.parametrize(("sampler", "kin"), [("Euler a", "euler"), ("DPM++ 2S a", "dpmpp_2m"), ("DPM++ SDE", "dpmpp_2m")])
 def test_a_stochastic_sampler_is_mapped_with_a_message(host: SimpleNamespace, sampler: str, kin: str) -> None:  # noqa: F811
-    p, _ = host.run({**INVERT, "solver": "reverse"}, sampler_name=sampler)
+    p, processed = host.run({**INVERT, "solver": "reverse"}, sampler_name=sampler)
     assert any(f"as {kin}" in text for text in p.comments)
+    assert any(f"as {kin}" in text for text in processed.extra_generation_params["Unsampler messages"])
 
 
 @pytest.mark.parametrize("mode", ["invert", "replay"])
@@ -275,7 +275,7 @@ def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -
 def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: SimpleNamespace) -> None:  # noqa: F811
     fields = {"sampler_name": "Euler a", "cfg_scale": 3, "denoising_strength": 1.0}
     p, processed = host.run({"mode": "replay", "output": ["latents"], "cfg": 3, "positive": "a cat"}, **fields)
-    name = Path(processed.extra_generation_params["Unsampler latents"][0]).name
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
     later = {"mode": "replay", "output": ["init", "frames"], "trajectory": name}
     again, made = host.run(later, batch_size=3, seed=77, **fields)
     assert decibels(again.latest_samples, p.init_latent.expand(3, -1, -1, -1)) >= 180
@@ -287,6 +287,6 @@ def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: Simple
 
 def test_a_file_of_two_pictures_is_not_one_of_three(host: SimpleNamespace) -> None:  # noqa: F811
     _, processed = host.run({"output": ["latents"]}, batch_size=2)
-    name = Path(processed.extra_generation_params["Unsampler latents"][0]).name
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
     with pytest.raises(HTTPException, match="2 of 64 x 64, and a batch of this request is 3 of 64 x 64"):
         host.run({"output": ["frames"], "trajectory": name}, batch_size=3)

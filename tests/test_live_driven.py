@@ -1,0 +1,140 @@
+"""Modes invert and replay in a running WebUI (see test_live.py): the host's own sampler, both ways."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_live import (  # noqa: F401 (plain is a fixture)
+    URL,
+    apart,
+    as_base64,
+    img2img,
+    kinds,
+    notes,
+    opened,
+    pixels,
+    plain,
+    samplers,
+    watched,
+)
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+STOCHASTIC = ("Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 3M SDE", "LCM")
+DETERMINISTIC = ("Euler", "Heun", "DPM2")
+WHOLE = {"mask": None, "denoising_strength": 1.0}
+"""The whole picture, encoded by the host, from pure noise."""
+
+
+def rmse(one: str, other: str) -> float:
+    """Root mean square difference of two pictures of a reply, in steps of 255."""
+    first, second = (np.asarray(opened(data).convert("RGB"), dtype=float) for data in (one, other))
+    return float(np.sqrt(np.mean((first - second) ** 2)))
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two pictures are of the same latents: the host rounds their pixels down, and we to the nearest."""
+    return apart(*(opened(data).convert("RGB").tobytes() for data in (one, other))) <= 1
+
+
+def own_and_source(settings: dict[str, Any], **fields: Any) -> tuple[str, str]:
+    """img2img's own picture, sampled from what was made, and the source's own frame."""
+    wanted = {"output": ["init", "frames"], "step_increment": 100, **settings}
+    reply = img2img(wanted, **{**WHOLE, **fields})
+    assert "images" in reply, reply
+    return reply["images"][-1], reply["images"][0]
+
+
+@pytest.mark.parametrize("name", [n for n in samplers() if n in STOCHASTIC])
+@pytest.mark.parametrize("cfg", [1, 7])
+def test_a_replay_is_the_source(name: str, cfg: float) -> None:
+    own, source = own_and_source({"mode": "replay", "cfg": cfg}, sampler_name=name, cfg_scale=cfg)
+    assert same(own, source)
+
+
+def test_a_replay_with_prompt_editing_two_batches_and_a_mask() -> None:
+    half = Image.new("L", (128, 128), 0)
+    half.paste(255, (64, 0, 128, 128))
+    fields = {"prompt": "a [cat:dog:0.5]", "batch_size": 2, "n_iter": 2, "inpainting_fill": 1}
+    settings = {"mode": "replay", "cfg": 3, "output": ["init", "frames"], "step_increment": 100}
+    for mask in (None, as_base64(half)):
+        reply = img2img(settings, **{**WHOLE, **fields, "mask": mask})
+        own, source = reply["images"][-4:], [reply["images"][i] for i, n in enumerate(notes(reply)) if n["sigma"] == 0]
+        assert len(source) == 4 and all(same(o, s) for o, s in zip(own, source))
+
+
+def test_another_prompt_edits_and_skip_keeps_more() -> None:
+    made = [
+        rmse(*own_and_source({"mode": "replay", "cfg": 3, "positive": "a cat", "skip": skip}, prompt="a red dog"))
+        for skip in (0, 4)
+    ]
+    assert made[0] > made[1] > 0
+
+
+def test_a_later_request_replays_the_file() -> None:
+    first = img2img({"mode": "replay", "cfg": 3, "output": ["latents", "frames"]}, **WHOLE)
+    (name,) = first["params"]["Unsampler latents names"]
+    later = img2img({"mode": "replay", "output": ["init"], "trajectory": name}, **WHOLE, batch_size=2, seed=99)
+    assert len(later["images"]) == 2 and all(same(image, first["images"][0]) for image in later["images"])
+
+
+@pytest.mark.parametrize("name", [n for n in samplers() if n in DETERMINISTIC])
+def test_an_exact_inversion_comes_back_nearer_than_reverse_and_noise(name: str) -> None:
+    runs = ({"mode": "invert"}, {"mode": "invert", "solver": "reverse"}, {})
+    exact, reverse, noise = (rmse(*own_and_source(run, sampler_name=name, cfg_scale=1, steps=12)) for run in runs)
+    assert exact < reverse < noise
+
+
+def test_twenty_steps_come_back_within_one_of_255() -> None:
+    assert rmse(*own_and_source({"mode": "invert"}, sampler_name="Euler", cfg_scale=1, steps=20)) <= 1
+
+
+def test_what_an_inversion_tells_and_shows() -> None:
+    settings = {"mode": "invert", "output": ["frames"], "panel": True, "report": True}
+    reply = img2img(settings, **WHOLE, sampler_name="Euler", cfg_scale=1, batch_size=2)
+    assert kinds(reply) == ["report"] * 2 + ["frame"] * 14
+    assert opened(reply["images"][2]).size == (384, 128)
+    (levels,) = reply["params"]["Unsampler inversion"]
+    assert [level["step"] for level in levels] == [5, 4, 3, 2, 1, 0]
+    assert all(len(level["residual"]) == len(level["calls"]) == 2 for level in levels)
+    assert "latents dB" in notes(reply)[0] and "codec dB" in notes(reply)[0]
+
+
+@pytest.mark.parametrize("name", [n for n in samplers() if n in STOCHASTIC and n != "LCM"])
+def test_a_stochastic_sampler_is_inverted_as_its_kin_with_a_message(name: str) -> None:
+    reply = img2img({"mode": "invert", "solver": "reverse", "output": ["frames"]}, **WHOLE, sampler_name=name, steps=4)
+    assert any("inverted (reverse) as" in text for text in reply["params"]["Unsampler messages"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "said"),
+    [
+        ({"mode": "replay"}, {"sampler_name": "Euler"}, "euler"),
+        ({"mode": "invert"}, {"sampler_name": "DPM adaptive"}, "dpm_adaptive"),
+        ({"mode": "invert"}, {"sampler_name": "DDIM"}, "DDIM"),
+        ({"mode": "replay"}, {"sampler_name": "UniPC"}, "UniPC"),
+        ({"mode": "invert", "noise": "path"}, {}, "noise"),
+        ({"mode": "invert", "cfg": 101}, {}, "cfg"),
+    ],
+)
+def test_what_cannot_be_driven_is_refused(settings: dict[str, Any], fields: dict[str, Any], said: str) -> None:
+    reply = img2img(settings, **fields)
+    assert reply["status"] == 422 and said in reply["detail"]
+
+
+def test_interrupting_an_inversion_leaves_nothing(plain: list[bytes]) -> None:  # noqa: F811
+    settings = {"mode": "invert", "output": ["frames"]}
+    reply, progress = watched("interrupt", settings, **WHOLE, sampler_name="Euler", steps=60, cfg_scale=7)
+    assert "Inverting: level" in progress["textinfo"] and "model calls" in progress["textinfo"]
+    assert 0 < progress["progress"] < 1
+    assert len(reply["images"]) < 61
+    assert pixels(img2img()) == plain
+
+
+def test_plain_img2img_is_what_it_was(plain: list[bytes]) -> None:  # noqa: F811
+    assert pixels(img2img()) == plain
