@@ -349,7 +349,7 @@ class Request:
         if not self.wanted - {"init"} and not self.settings.report:
             return
         begins_clean = shown and self.settings.include_clean
-        progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples)
+        progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples, writes=True)
         mask, last = getattr(self.p, "nmask", None), None
         seen = self._inverted.estimates if self._inverted is not None and self.settings.panel else None
 

@@ -420,13 +420,18 @@ def stopped() -> bool:
 class Progress:
     """The host's progress bar, live preview and buttons, while frames are made."""
 
-    def __init__(self, total: int, own_job: bool) -> None:
-        """``own_job``: whether this is a job of its own, beside the sampling."""
+    def __init__(self, total: int, own_job: bool, writes: bool = False) -> None:
+        """
+        Arguments:
+            total: Parts of this job: frames, or levels.
+            own_job: Whether this is a job of its own, beside the sampling.
+            writes: Whether files are written at its end, which is one more part of it.
+        """
         self._state = shared.state
         if own_job:
             self._state.nextjob()
             self._state.current_latent = None  # the sampling's last: the host would show it again every few steps
-        self._state.sampling_steps = total
+        self._state.sampling_steps = total + writes
         self._state.sampling_step = 0
         self._total = total
 
