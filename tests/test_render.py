@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,19 @@ from PIL import Image
 from scipy import ndimage
 
 from lib_unsampler.noising import blend
-from lib_unsampler.render import ACCENT, INK, contact_sheet, sigma_curve, sigma_text, thumbnail, to_pictures, viewed
+from lib_unsampler.render import (
+    ACCENT,
+    INK,
+    caption,
+    captioned,
+    contact_sheet,
+    in_chunks,
+    sigma_curve,
+    sigma_text,
+    thumbnail,
+    to_pictures,
+    viewed,
+)
 
 COLOURS = [(200, 20, 10 * i) for i in range(13)]
 
@@ -96,3 +110,85 @@ def test_sigma_curve_of_odd_schedules(schedule: list[float]) -> None:
     page = sigma_curve(torch.tensor(schedule), range(len(schedule)))
     noisy = sum(s > 0 for s in schedule)
     assert page.size == (720, 405) and len(regions(page, ACCENT)) == noisy
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch on MPS and the CPU tells it: in words alone."""
+
+
+def limited(most: int, tried: list[int]) -> Callable[[list[int]], list[list[int]]]:
+    """A decoder that has room for ``most`` levels at once."""
+
+    def decode(levels: list[int]) -> list[list[int]]:
+        tried.append(len(levels))
+        if len(levels) > most:
+            raise OutOfMemoryError("MPS backend out of memory")
+        return [[10 * level] for level in levels]
+
+    return decode
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 20])
+@pytest.mark.parametrize(("chunk", "most"), [(1, 1), (8, 8), (8, 5), (8, 1), (5, 2), (7, 3)])
+def test_chunks_are_halved_until_they_fit_and_no_level_is_lost(count: int, chunk: int, most: int) -> None:
+    tried: list[int] = []
+    freed: list[int] = []
+    pulled = iter(range(count))
+    found = list(in_chunks(pulled, limited(most, tried), chunk, lambda: freed.append(1)))
+    assert found == [(i, [10 * i]) for i in range(count)]
+    assert len(freed) == sum(size > most for size in tried)  # tried again after each
+    failed = [size for size in tried if size > most]
+    assert all(after == before // 2 for before, after in zip(failed, failed[1:])) and len(set(failed)) == len(failed)
+
+
+def test_not_even_one_level_fits() -> None:
+    with pytest.raises(MemoryError, match="not even one frame can be decoded"):
+        list(in_chunks(range(9), limited(0, []), 8))
+
+
+def test_other_errors_of_a_decoder_are_its_own() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_chunks([1], lambda levels: [[1 / 0]], 4))
+
+
+def test_chunks_are_pulled_only_as_they_are_needed() -> None:
+    pulled = 0
+
+    def source() -> Iterator[int]:
+        nonlocal pulled
+        for pulled in range(1, 100):
+            yield pulled
+
+    stream = in_chunks(source(), limited(8, []), 4)
+    next(stream)
+    assert pulled == 4
+    for _ in range(4):
+        next(stream)
+    assert pulled == 8
+
+
+@pytest.mark.parametrize("size", [(512, 512), (512, 200), (96, 300), (24, 16), (1, 1)], ids=str)
+@pytest.mark.parametrize("shade", [0, 127, 255])
+def test_captions_are_legible_on_any_frame_and_scale_with_it(shade: int, size: tuple[int, int]) -> None:
+    frame = Image.new("RGB", size, (shade,) * 3)
+    page = captioned(frame, caption(7, 3.21, 801.2, "independent"))
+    assert page.size == size and frame.getpixel((0, 0)) == (shade,) * 3
+    changed = np.argwhere((np.asarray(page) != np.asarray(frame)).any(-1))
+    white = np.argwhere((np.asarray(page) == 255).all(-1))
+    if size != (512, 512):
+        return
+    letters = white[white[:, 0] > 470] if shade < 255 else white[white[:, 0] >= changed[:, 0].min()]
+    assert np.ptp(letters[:, 0]) > 512 / 20 * 0.5 and letters[:, 0].min() > 512 * 0.9  # one line at the lower edge
+    assert np.asarray(page)[: 512 - 64].tobytes() == np.asarray(frame)[: 512 - 64].tobytes()
+
+
+def test_a_narrow_frame_gets_its_caption_in_lines() -> None:
+    wide, narrow = (captioned(Image.new("RGB", (w, 200)), caption(7, 3.21, None, "path")) for w in (300, 60))
+    rows = [np.flatnonzero((np.asarray(p) > 128).all(-1).any(1)) for p in (wide, narrow)]
+    assert np.ptp(rows[1]) > 2 * np.ptp(rows[0])
+
+
+def test_what_captions_say() -> None:
+    assert caption(None, 0.0, None, "shared") == ["source", "sigma 0"]
+    assert caption(3, 14.6146, 999.0, "path") == ["step 3", "sigma 14.6", "t 999", "path"]
+    assert caption(3, 0.5, None, "path") == ["step 3", "sigma 0.5", "path"]
