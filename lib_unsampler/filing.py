@@ -157,7 +157,8 @@ class Filing:
 
         if self._save:
             size, suffix = 3 * picture.width * picture.height, f"-z{self._count:03d}"
-            self._saver.submit(size, saved, host.save_picture, self._p, picture, image, text, suffix)
+            own = picture.copy()  # a host may change what it saves: Forge hides text in an alpha channel
+            self._saver.submit(size, saved, host.save_picture, self._p, own, image, text, suffix)
         elif shown:
             self._put("frame", Item(picture, text, note))
 

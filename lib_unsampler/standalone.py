@@ -34,7 +34,7 @@ DEFAULT_STEPS = 20
 FRAME_NAME = re.compile(r"\d{5,}_sigma_\d+\.\d{4}\.png")
 
 
-CHUNK_VALUES = 2**22
+CHUNK_VALUES = 2**20
 """Values of latents that are turned into pictures at once."""
 
 Level = tuple[int, Tensor, Tensor, Tensor]

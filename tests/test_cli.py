@@ -6,11 +6,13 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib_unsampler import trajectory
+from lib_unsampler import render, standalone, trajectory
 from lib_unsampler.__main__ import main, make_parser
 from lib_unsampler.embedded import GaussianPrior, make_model
 from lib_unsampler.sampling import STOCHASTIC, get_sigmas
@@ -665,3 +667,110 @@ def test_ctrl_c_leaves_no_half_written_file(picture: Path, tmp_path: Path) -> No
     assert not list(tmp_path.rglob(".*")) and gif.read_bytes() == b"the old one"
     for frame in out.iterdir():
         assert pixels(frame).shape == (24, 32, 3)
+
+
+# How the animation is made
+
+
+def playing(path: Path) -> tuple[list[np.ndarray], list[float]]:
+    with Image.open(path) as picture:
+        frames, times = [], []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            picture.load()
+            frames.append(np.asarray(picture.convert("RGB"), float))
+            times.append(picture.info["duration"])
+    return frames, times
+
+
+@pytest.mark.parametrize("ending", [".gif", ".webp", ".apng", ".png"])
+def test_the_ending_is_the_format_and_every_option_is_heard(ending: str, picture: Path, tmp_path: Path) -> None:
+    out, frames = tmp_path / f"x{ending}", tmp_path / "f"
+    timed = ("--duration", "0.5", "--timing", "log sigma", "--hold-first", "1", "--hold-last", "2")
+    run(picture, "-o", out, "--frames", frames, *SHORT, *timed, "--ping-pong", "--reverse", "--loop", "3")
+    stills = [pixels(p).double().numpy() for p in sorted(frames.iterdir())]
+    moving, times = playing(out)
+    order = [4, 3, 2, 1, 0, 1, 2, 3]
+    grey = [0.3, 0.59, 0.11]  # WebP and video halve the colour's resolution, where noise has most of its energy
+    distance = np.array([[np.abs((m - s) @ grey).mean() for s in stills] for m in moving])
+    assert (distance.argmin(1) == order).all()
+    sigmas = get_sigmas("karras", 4, "eps")[:-1].double().log().flip(0).diff().tolist()
+    shares = np.array([sigmas[0], sum(sigmas[:2]) / 2, sum(sigmas[1:]) / 2, sigmas[2]])
+    seconds = np.array([0.5, *(0.5 * 4 * shares / shares.sum())])[order]
+    seconds[0] += 1
+    seconds[4] += 2
+    assert np.abs(np.cumsum(times) - 1000 * np.cumsum(seconds)).max() <= (5 if ending == ".gif" else 0.5) + 1e-6
+    with Image.open(out) as picture_read:
+        assert picture_read.info["loop"] == (2 if ending == ".gif" else 3)
+
+
+def test_a_video_is_written_where_pyav_is(picture: Path, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    run(picture, "-o", tmp_path / "x.mp4", *SHORT, "--hold-last", "1")
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        assert "Batch Unsampler, Unsampler steps: 4" in container.metadata["comment"]
+        times = [frame.time for frame in container.decode(video=0)]
+        assert times == pytest.approx([0, 0.1, 0.2, 0.3, 0.4]) and container.duration == 1_500_000
+
+
+def test_without_pyav_a_video_is_refused_in_one_line(
+    picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install av" in refused(capsys, picture, "-o", tmp_path / "x.mp4")
+    assert [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_captions_are_written_below_every_frame_and_into_no_latent(picture: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large.png"
+    Image.open(picture).resize((320, 240)).save(large)
+    bare, captioned = tmp_path / "bare", tmp_path / "captioned"
+    for folder, options in ((bare, ()), (captioned, ("--captions",))):
+        run(large, "--frames", folder, "--latents", folder / "t.safetensors", *SHORT, *options)
+    for one, other in zip(sorted(bare.glob("*.png")), sorted(captioned.glob("*.png"))):
+        changed = (pixels(one) != pixels(other)).any(-1).any(-1).nonzero()
+        assert changed.min() > 0.85 * 240 and changed.max() == 239
+    one, other = (trajectory.load(folder / "t.safetensors") for folder in (bare, captioned))
+    assert torch.equal(one.z, other.z)
+
+
+@pytest.mark.parametrize("ending", [".gif", ".apng", ".webp"])
+def test_a_long_run_holds_few_frames(
+    ending: str, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Image.Image]] = []
+    alive, own = [], render.to_pictures
+
+    def watched(decoded: Tensor) -> list[Image.Image]:
+        pictures = own(decoded)
+        made.extend(map(weakref.ref, pictures))
+        alive.append(sum(ref() is not None for ref in made))
+        return pictures
+
+    monkeypatch.setattr(render, "to_pictures", watched)
+    monkeypatch.setattr(standalone, "CHUNK_VALUES", 3 * 32 * 24 * 4)
+    everything = ("-o", tmp_path / f"x{ending}", "--frames", tmp_path / "f", "--sheet", tmp_path / "s.png")
+    run(picture, *everything, "--latents", tmp_path / "t.safetensors", "--steps", 300, "--reverse", "--noise", "path")
+    assert len(made) == 301 and max(alive) < 60
+    assert len(playing(tmp_path / f"x{ending}")[0]) == 301
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+@pytest.mark.parametrize("target", [("-o", "x.gif"), ("-o", "x.mp4"), ("--latents", "x.safetensors"), ("--frames", "f")])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(target: tuple[str, str], picture: Path, tmp_path: Path) -> None:
+    if target[1] == "x.mp4":
+        pytest.importorskip("av")
+    large = tmp_path / "large.png"
+    Image.effect_noise((400, 400), 90).convert("RGB").save(large)
+    limit = 1_000_000 if target[0] == "--latents" else 200_000 if target[0] == "-o" else 100_000
+    command = [sys.executable, "-m", "lib_unsampler", large, target[0], tmp_path / target[1], "--steps", "12"]
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, preexec_fn=small_disk)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("unsampler: error: [Errno 27] File too large: ") and target[1].rstrip("f") in last
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p not in (large, picture)]

@@ -38,12 +38,24 @@ def machine() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     found["python"] = f"{platform.python_version()} on {platform.system()}"
-    for package in ("torch", "triton", "numpy"):
+    for package in ("torch", "triton", "numpy", "Pillow", "av"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had resident so far (Linux; elsewhere 0).
+
+    getrusage would answer with the parent's peak, which a process inherits.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def _processor() -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..noising import SeededDraws, runs_fused, unsample
 from ..philox import PhiloxDraws
 from ..schedule import Levels, levels
-from ._report import Report
+from ._report import Report, peak_memory
 
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128), "Flux": (16, 128, 128)}
 FRAMES = {"cuda": (20, 100, 1000, 10000), "cpu": (20, 100)}
@@ -143,17 +143,11 @@ def peak(method: str, case: Case) -> float | None:
 
 def growth(method: str, shape: str, frames: int) -> int:
     """Bytes by which this process's resident set grows in one call, after a small one as warm-up."""
-
-    def resident() -> int:
-        # Linux: getrusage would answer with the parent's peak, which a process inherits.
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
     case = make_case(shape, frames, "cpu")
     METHODS[method](make_case(shape, 2, "cpu"))
-    before = resident()
+    before = peak_memory()
     METHODS[method](case)
-    return resident() - before
+    return peak_memory() - before
 
 
 def measure(case: Case) -> list[dict[str, Any]]:

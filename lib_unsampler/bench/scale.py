@@ -1,0 +1,109 @@
+"""A whole run of the command line at scale: peak memory and time for 100, 1,000 and 10,000 frames.
+
+Every run is a process of its own. ``overlap`` is the time from the first frame to the finished file over
+the larger of decoding and encoding alone, with a decoder that takes as long as encoding does (the hardest
+case) and leaves the processor alone, as a GPU's does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .. import animation, standalone
+from ..settings import Settings
+from ..timing import Timing
+from ._report import Report, peak_memory
+from .animation import PHOTOGRAPH, levels_of_noise
+
+SIZES = {128: (100, 1000, 10000), 512: (100, 1000)}
+ENDINGS = (".gif", ".png", ".webp", ".mp4")
+OVERLAPPED = 150
+
+
+def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
+    """One run, with its latents; in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "picture.png"
+        Image.open(PHOTOGRAPH).convert("RGB").resize((side, side)).save(picture)
+        settings = Settings(steps=frames - 1, noise="independent")
+        targets = standalone.Targets(Path(folder) / f"film{ending}", latents=Path(folder) / "film.safetensors")
+        begun = time.perf_counter()
+        standalone.unsample_picture(standalone.load_picture(picture, side), settings, targets, quiet=True)
+        taken = time.perf_counter() - begun
+        size = targets.animation.stat().st_size
+    return {"ending": ending, "side": side, "frames": frames, "seconds": taken, "bytes": size, "memory": peak_memory()}
+
+
+def overlap(ending: str, side: int) -> float:
+    """Time of a run over that of encoding alone, where decoding takes as long."""
+    frames = levels_of_noise(OVERLAPPED, side)
+
+    def seconds(wait: float) -> float:
+        def decoded() -> Iterator[Image.Image]:
+            for frame in frames:
+                time.sleep(wait)
+                yield frame
+
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            animation.write(Path(folder) / f"film{ending}", decoded(), Timing([0.1] * len(frames)))
+            return time.perf_counter() - begun
+
+    alone = min(seconds(0) for _ in range(2))
+    return min(seconds(alone / len(frames)) for _ in range(2)) / alone
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """This bench's own options."""
+    parser.add_argument("--most", type=int, default=10000, help="leave out runs of more frames (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Measures every format and size."""
+    records, rows = [], []
+    for ending in ENDINGS if find_spec("av") else ENDINGS[:-1]:
+        for side, counts in SIZES.items():
+            ratio = _apart("overlap", ending, str(side))
+            for frames in (count for count in counts if count <= options.most):
+                record = {**_apart("at_scale", ending, str(side), str(frames)), "overlap": ratio}
+                first = records[-1]["first"] if frames > counts[0] else record["memory"]
+                records.append({**record, "first": first})
+                growth = (record["memory"] - first) / 1e6
+                rows.append(
+                    [
+                        ending,
+                        f"{side} x {side}",
+                        f"{frames:,}",
+                        f"{record['seconds']:.1f} s",
+                        f"{record['bytes'] / 1e6:.1f} MB",
+                        f"{record['memory'] / 1e6:.0f} MB",
+                        "" if frames == counts[0] else f"{growth:+.0f} MB",
+                        f"{ratio:.2f}",
+                    ]
+                )
+    columns = ["format", "frame", "frames", "time", "size", "peak memory", "over 100 frames", "overlap"]
+    title = "The command line from picture to animation and latents file, independent noise"
+    return Report(title, columns, rows, records, ["Peak memory is the whole process's, torch included."])
+
+
+def _apart(function: str, *arguments: str) -> Any:
+    command = [sys.executable, "-m", __name__, function, *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, ending, *numbers = sys.argv[1:]
+    print(json.dumps({"overlap": overlap, "at_scale": at_scale}[name](ending, *map(int, numbers))))
