@@ -29,7 +29,8 @@ from .animation import PHOTOGRAPH, levels_of_noise
 
 SIZES = {128: (100, 1000, 10000), 512: (100, 1000)}
 ENDINGS = (".gif", ".png", ".webp", ".mp4")
-OVERLAPPED = 150
+OVERLAPPED = {128: 1000, 512: 300}
+"""Frames of the run whose overlap is measured: more of the small ones, whose run is soon over."""
 
 
 def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
 
 def overlap(ending: str, side: int) -> float:
     """Time of a run over that of encoding alone, where decoding takes as long."""
-    frames = levels_of_noise(OVERLAPPED, side)
+    frames = levels_of_noise(OVERLAPPED[side], side)
 
     def seconds(wait: float) -> float:
         def decoded() -> Iterator[Image.Image]:
@@ -67,16 +68,17 @@ def overlap(ending: str, side: int) -> float:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """This bench's own options."""
-    parser.add_argument("--most", type=int, default=10000, help="leave out runs of more frames (default: %(default)s)")
+    known = ENDINGS if find_spec("av") else ENDINGS[:-1]
+    parser.add_argument("--formats", nargs="+", choices=known, default=known, help="file endings (default: all)")
 
 
 def run(options: argparse.Namespace) -> Report:
     """Measures every format and size."""
     records, rows = [], []
-    for ending in ENDINGS if find_spec("av") else ENDINGS[:-1]:
+    for ending in options.formats:
         for side, counts in SIZES.items():
             ratio = _apart("overlap", ending, str(side))
-            for frames in (count for count in counts if count <= options.most):
+            for frames in counts:
                 record = {**_apart("at_scale", ending, str(side), str(frames)), "overlap": ratio}
                 first = records[-1]["first"] if frames > counts[0] else record["memory"]
                 records.append({**record, "first": first})
