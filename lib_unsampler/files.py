@@ -47,15 +47,13 @@ def whole(path: Path) -> Iterator[Path]:
     """
     check(path)
     part = path.with_name(f".{uuid.uuid4().hex}.part")  # of its own length, also where the name is as long as can be
-    try:
-        with naming(path):
-            part.touch()
-            mode = part.stat().st_mode
+    with naming(path):
+        part.touch()
+        try:
             yield part
-            part.chmod(mode)  # safetensors replaces the file by one that only its owner can read
             os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def spool(path: Path) -> BinaryIO:

@@ -134,6 +134,7 @@ class Video:
         self._stream.codec_context.time_base = Fraction(1, TICKS)
 
     def _close(self) -> None:
+        self._worker.__exit__()  # libav crashes where a container is closed while a thread still writes to it
         with nullcontext() if self._finished else suppress(Exception):  # what went wrong before is being raised
             self._container.close()
 

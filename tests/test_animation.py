@@ -372,6 +372,17 @@ def test_a_disk_that_fills_up_is_said_and_leaves_nothing(ending: str, order: dic
     assert [p.name for p in tmp_path.iterdir()] == [path.name] and path.read_bytes() == b"the old file"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_a_video_that_fails_while_its_thread_is_at_work_fails_cleanly(tmp_path: Path) -> None:
+    """Large frames at once: the thread still has some when the first one's failure is known."""
+    needs_codec(".mp4")
+    frames = [noisy(i, (640, 640)) for i in range(6)]
+    for _ in range(5):
+        with files_up_to(50_000), pytest.raises(OSError, match="a.mp4"):
+            write(tmp_path / "a.mp4", frames * 3, Timing([0.1] * 18))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_folder_that_cannot_be_written_is_refused_before_any_frame(ending: str, tmp_path: Path) -> None:

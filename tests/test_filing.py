@@ -109,12 +109,10 @@ def test_latents_alone_show_the_noisiest_frame(host: SimpleNamespace, init: bool
 def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
     host: SimpleNamespace, limit: int, saved: bool, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
-    from lib_unsampler import host as adapter
-
     fields = dict(batch_size=2, n_iter=2, do_not_save_samples=not saved)
     every = host.run({"output": ["frames"]}, **fields)[1]
     count = len(list(host.out.iterdir())) if saved else 0
-    monkeypatch.setattr(adapter, "GALLERY_LIMIT", limit)
+    monkeypatch.setattr(host.shared.opts, "batch_unsampler_gallery_limit", limit, raising=False)
     p, processed = host.run({"output": ["frames"]}, **fields)
     assert 0 < len(processed.images) <= limit and len(every.images) == 36
     assert pixels(processed) == [every.images[notes(every).index(note)].tobytes() for note in notes(processed)]
@@ -124,9 +122,7 @@ def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
 
 
 def test_all_levels_are_spread_over_the_limit(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    from lib_unsampler import host as adapter
-
-    monkeypatch.setattr(adapter, "GALLERY_LIMIT", 3)
+    monkeypatch.setattr(host.shared.opts, "batch_unsampler_gallery_limit", 3, raising=False)
     _, processed = host.run({"output": ["frames"]})
     assert [n["step"] for n in notes(processed)] == [6, 3, 0]
 
