@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .settings import SettingsError, allowed, parse, surface_fields
+from .settings import SettingsError, allowed, parse, surface_fields, whole_help
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TARGETS = {
@@ -114,7 +114,7 @@ def _path(text: str) -> Path:
 def _add_setting(group: Any, f: Any) -> None:
     flag = "--" + f.name.replace("_", "-")
     shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
-    text = f"{f.metadata['help']} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
+    text = f"{whole_help(f)} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
     text = text.replace("%", "%%")
     if isinstance(f.default, bool):
         group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)

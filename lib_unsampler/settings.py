@@ -68,8 +68,9 @@ def option(
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
     surfaces: tuple[str, ...] = BOTH,
+    cli: str = "",
 ) -> Any:
-    """A dataclass field with its documentation and bounds as metadata."""
+    """A dataclass field with its documentation and bounds as metadata; ``cli`` is what only the command line adds."""
     return field(
         default=default,
         metadata={
@@ -79,6 +80,7 @@ def option(
             "maximum": maximum,
             "choices": choices,
             "surfaces": surfaces,
+            "cli": cli,
         },
     )
 
@@ -90,7 +92,7 @@ class Settings:
     output: tuple[str, ...] = option(
         ("frames", "animation"),
         "Output",
-        "What comes out: each noise level as an image, the moving progression, one sheet of all frames (of 400 "
+        "Each noise level as an image, the moving progression, one sheet of all frames (of 400 "
         "where there are more), a picture of the schedule with the kept levels marked, a safetensors file of the "
         "latents, or (init) the latent from which img2img's own sampling starts.",
         choices=OUTPUTS,
@@ -99,8 +101,9 @@ class Settings:
     steps: int = option(
         0,
         "Steps (0: as img2img)",
-        "Steps of the schedule that is walked backwards. 0 follows img2img (on the command line: 20). "
+        "Steps of the schedule that is walked backwards. 0 follows img2img. "
         "With init it must be 0, because the levels are img2img's own.",
+        cli="On the command line 0 is 20.",
         minimum=0,
         maximum=10000,
     )
@@ -242,8 +245,8 @@ class Settings:
     cfg: float = option(
         1.0,
         "CFG scale for the source",
-        "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone. "
-        "On the command line the resampling's scale too.",
+        "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone.",
+        cli="On the command line the resampling's scale too.",
         minimum=0.0,
         maximum=100.0,
     )
@@ -251,8 +254,8 @@ class Settings:
         "",
         "Prompt for the source (empty: img2img's own)",
         "Invert and replay: the prompt under which the model sees the source. Empty is img2img's own; a space is an "
-        "empty prompt. "
-        "On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
+        "empty prompt.",
+        cli="On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
     )
     negative: str = option(
         "",
@@ -365,6 +368,11 @@ class Preferences:
 def surface_fields(surface: str) -> list[Any]:
     """The dataclass fields that can be set on ``surface``, in order."""
     return [f for f in fields(Settings) if surface in f.metadata["surfaces"]]
+
+
+def whole_help(f: Any) -> str:
+    """A field's help with what the command line adds."""
+    return " ".join(part for part in (f.metadata["help"], f.metadata["cli"]) if part)
 
 
 def allowed(f: Any) -> str:

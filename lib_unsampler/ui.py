@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,21 @@ from .settings import OUTPUTS, Preferences, pasted, surface_fields
 from .trajectory import TrajectoryError
 
 ELEM_ID = "batch_unsampler"
-GROUPS = (
-    ("What comes out", (("output",),)),
-    ("How far into the noise", (("steps", "end_at_step", "step_increment"),)),
-    ("Which noise", (("noise", "normalize"),)),
-    ("How the frames look", (("view",), ("include_clean", "captions"))),
+OPEN = (("output",), ("mode", "noise"), ("steps", "end_at_step", "step_increment"))
+"""What every run needs, as rows of fields."""
+
+FOLDED = (
+    ("How the frames look", (("view", "normalize"), ("include_clean", "captions", "panel"))),
     (
         "How the animation plays",
         (("format", "timing"), ("duration", "hold_first", "hold_last", "loop"), ("reverse", "ping_pong")),
     ),
     (
-        "The model walks backwards",
-        (("mode", "solver"), ("positive", "negative", "cfg"), ("tolerance", "max_calls", "skip"), ("panel", "report")),
+        "How the model walks (modes invert and replay)",
+        (("positive", "negative", "cfg"), ("solver", "tolerance", "max_calls"), ("skip", "report")),
     ),
 )
+"""The others, under headings that open."""
 
 
 def build(
@@ -44,19 +45,24 @@ def build(
     by_name = {f.name: f for f in surface_fields("host")}
     made: dict[str, Any] = {}
     with accordion(False, label=title, elem_id=ELEM_ID) as enabled:
-        for heading, rows in GROUPS:
-            _heading(heading)
-            for names in rows:
-                with gr.Row():
-                    made.update({name: _control(by_name[name], defaults) for name in names})
-        _heading("From a file")
-        with gr.Row():
+        made |= _rows(OPEN, by_name, defaults)
+        for heading, rows in FOLDED:
+            with gr.Accordion(heading, open=False):
+                made |= _rows(rows, by_name, defaults)
+        with gr.Accordion("Levels from a file", open=False), gr.Row():
             made["trajectory"] = _file_chooser(by_name["trajectory"], folder)
     return [enabled, *(made[name] for name in by_name)]
 
 
-def _heading(text: str) -> None:
-    gr.HTML(f"<b>{text}</b>", elem_classes=["batch-unsampler-heading"])
+def _rows(
+    rows: Sequence[Sequence[str]], by_name: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The controls of rows of fields, by name."""
+    made: dict[str, Any] = {}
+    for names in rows:
+        with gr.Row():
+            made |= {name: _control(by_name[name], defaults) for name in names}
+    return made
 
 
 def _file_chooser(f: Any, folder: Callable[[], Path]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lib_unsampler.settings import Settings, allowed, parse_args
+from lib_unsampler.settings import Settings, allowed, parse_args, whole_help
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +33,7 @@ def options_table() -> str:
             plain(f.default) or "(empty)",
             allowed(f),
             ", ".join(f.metadata["surfaces"]),
-            f.metadata["help"],
+            whole_help(f),
         )
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
