@@ -1,0 +1,103 @@
+"""The real page of a running WebUI, named by ``WEBUI_URL``, in a real browser.
+
+Run with ``-m live`` where Playwright and a Chromium are (``CHROMIUM`` names another than Playwright's own).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from test_live import URL, img2img
+from test_settings import requests
+
+from lib_unsampler.settings import OUTPUTS, Settings, parse, surface_fields, to_infotext
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright drives the page: pip install playwright")
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+FIELDS = {f.name: f for f in surface_fields("host")}
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    """The img2img tab."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ.get("CHROMIUM"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1300})
+        page.goto(URL, timeout=120000)
+        page.wait_for_selector("#img2img_generate", state="attached", timeout=120000)
+        page.wait_for_timeout(2000)
+        page.click("#tabs > div.tab-nav button:has-text('img2img')")
+        yield page
+        browser.close()
+
+
+def shown(page: Any, name: str) -> Any:
+    """What a control shows, as its field's type."""
+    f, box = FIELDS[name], page.locator(f"#batch_unsampler_{name}")
+    if f.metadata["choices"] is OUTPUTS:
+        return tuple(box.locator("input:checked").evaluate_all("boxes => boxes.map(b => b.parentElement.innerText.trim())"))
+    if f.metadata["choices"]:
+        return box.locator("input:checked").evaluate("box => box.parentElement.innerText.trim()")
+    if isinstance(f.default, bool):
+        return box.locator("input").is_checked()
+    return type(f.default)(box.locator("input, textarea").first.input_value())
+
+
+def everything(page: Any) -> dict[str, Any]:
+    values = {name: shown(page, name) for name in FIELDS}
+    return {"enabled": page.locator("#batch_unsampler-visible-checkbox").is_checked(), **values}
+
+
+def paste(page: Any, text: str) -> None:
+    """Pastes parameters into the prompt and presses the arrow; the prompt is the last thing that is known to change."""
+    page.locator("#img2img_prompt textarea").fill(text)
+    page.click("#img2img_tools #paste")
+    page.wait_for_function("document.querySelector('#img2img_prompt textarea').value == 'pasted'", timeout=20000)
+    page.wait_for_timeout(300)
+
+
+def expected(wanted: Settings) -> dict[str, Any]:
+    return {"enabled": True, **{name: getattr(wanted, name) for name in FIELDS}}
+
+
+def quoted(value: str) -> str:
+    """As the host writes a value of the parameters."""
+    import json
+
+    return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@given(values=requests("host"))
+def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
+    wanted = parse({**values, **{n: values[n].replace("\r", "") for n in ("positive", "negative", "trajectory")}}, "host")
+    written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
+    lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
+    paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
+    got = everything(page)
+    assert {k: v for k, v in got.items() if v != expected(wanted)[k]} == {}
+
+
+def test_a_picture_s_own_parameters_are_pasted(page: Any) -> None:
+    asked = {"output": ["frames", "contact sheet"], "noise": "path", "step_increment": 2, "duration": 0.25}
+    text = img2img(asked, prompt="pasted")["infotexts"][1]
+    paste(page, text)
+    assert everything(page) == expected(parse(asked, "host"))
+    paste(page, "pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128")
+    assert everything(page) == {**expected(parse(asked, "host")), "enabled": False}
+
+
+def test_the_settings_tab_has_the_section(page: Any) -> None:
+    page.click("#tabs > div.tab-nav button:has-text('Settings')")
+    page.locator("#settings button", has_text="Batch Unsampler").first.click()
+    assert page.locator("#setting_batch_unsampler_gallery_limit").is_visible()
+    assert page.locator("#setting_batch_unsampler_format input:checked").input_value() == "gif"
+    page.click("#tabs > div.tab-nav button:has-text('img2img')")
