@@ -33,6 +33,7 @@ def page() -> Iterator[Any]:
         page = browser.new_page(viewport={"width": 1400, "height": 1300})
         page.goto(URL, timeout=120000)
         page.wait_for_selector("#img2img_generate", state="attached", timeout=120000)
+        page.wait_for_selector("#batch_unsampler-visible-checkbox", state="attached", timeout=120000)
         page.wait_for_timeout(2000)
         page.click("#tabs > div.tab-nav button:has-text('img2img')")
         yield page
