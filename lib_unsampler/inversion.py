@@ -22,13 +22,13 @@ what is lost, and the round trip loses about that much.
 Half-precision models converge as far as their rounding lets them: the solver stops where it gets no nearer.
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
-their velocity). The solver's own arithmetic is float64 on the CPU: latents are small beside a model call,
-and not every device has float64. The model sees float32, or the latent's dtype if that is wider.
+their velocity). The solvers' own arithmetic is float64; that of ``exact`` is on the CPU, where each iteration's
+residual has to be looked at anyway, while ``reverse`` never waits for the device. The model sees float32, or the latent's dtype if that is wider.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -188,7 +188,7 @@ def unconverged(walked: Sequence[Level]) -> list[str]:
 
 
 class _Run:
-    """One inversion: the sampler's function on float64 states on the CPU, the model where it lives."""
+    """One inversion: the sampler's function on float64 states, the model where it lives."""
 
     def __init__(
         self,
@@ -223,22 +223,21 @@ class _Run:
         return torch.maximum(signal_scale(sigma, self._prediction), sigma)
 
     def reverse(self) -> Tensor:
-        """The sampler's function over the ascending schedule."""
+        """The sampler's function over the ascending schedule, without one look at a number of the device's."""
         visited = self._rising()
         sigmas = self._schedule[visited]
-        self._count = 0
-        ones = sigmas.new_ones(len(self._source))
-        first = self._mirrored(sigmas[0])
-        z = self._source + (self._source - self._denoise(self._source, sigmas[0] * ones, first))
-        self._count = 1
+        source = self._source.to("cpu" if self._like.device.type == "mps" else self._like.device)  # which lacks float64
+        mirrored = iter(self._mirrored(visited))
 
         def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             self._count += 1
-            return self._denoise(x, sigma, self._mirrored(sigma[0]))
+            return self._model(x.to(self._like), sigma.to(self._like), next(mirrored), None).detach().to(source)
 
         def callback(info: Mapping[str, Any]) -> None:
             self._reversed(visited[info["i"]], info["x"], info["denoised"])
 
+        self._count = 0
+        z = source + (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
         if len(visited) > 1:
             z = self._function(denoise, z, sigmas, extra_args={}, callback=callback, disable=True)
         self._reversed(visited[-1], z, None)
@@ -256,12 +255,15 @@ class _Run:
                 self._hand_over(same, z, denoised, calls=torch.full((len(z),), self._count), **about)
                 self._count = 0
 
-    def _mirrored(self, sigma: Tensor) -> int:
-        """The forward call at a sigma; between two levels, the second call of the step between them."""
-        above = int((self._schedule > sigma * (1 + 1e-9)).sum())  # levels noisier than this one
-        at_level = bool(torch.isclose(self._schedule[above], sigma, rtol=1e-9))
-        steps = above - self._levels.visited[-1]
-        return self._per_step * steps if at_level else self._per_step * steps - 1
+    def _mirrored(self, visited: list[int]) -> Iterator[int]:
+        """The forward call of each model call of :meth:`reverse`: that at its sigma, or at its step's second stage."""
+        start, per_step = self._levels.visited[-1], self._per_step
+        yield per_step * (visited[0] - start)
+        for index, above in zip(visited, visited[1:]):
+            yield per_step * (index - start)
+            if per_step == 2:
+                midpoint = self._function.__name__ == "sample_dpm_2"
+                yield per_step * (above - start) + (1 if midpoint else 0)
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""

@@ -67,11 +67,12 @@ def test_reverse_is_nearer_than_noise_and_less_near_than_exact(host: SimpleNames
     assert exact > reverse > noise
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "Heun"])
+@pytest.mark.parametrize("solver", ["exact", "reverse"])
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2"])
 def test_every_call_mirrors_the_forward_step_and_its_prompt(
-    host: SimpleNamespace, calls: list[Call], sampler: str  # noqa: F811
+    host: SimpleNamespace, calls: list[Call], sampler: str, solver: str  # noqa: F811
 ) -> None:
-    host.run(INVERT, sampler_name=sampler, prompt="a [cat:dog:3]", denoising_strength=1.0)
+    host.run({**INVERT, "solver": solver}, sampler_name=sampler, prompt="a [cat:dog:3]", denoising_strength=1.0)
     back, forward = split(calls)
     prompt_at = {(c.sigma, c.step): c.prompts for c in forward}
     assert len({tuple(c.prompts) for c in forward}) == 2
