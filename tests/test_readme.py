@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import urllib.request
 from dataclasses import fields
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_every_command_of_the_readme_parses() -> None:
     lines = re.findall(r"^python -m lib_unsampler (.*)$", README, re.M)
     assert len(lines) >= 5
     for line in lines:
-        make_parser().parse_args(line.split())
+        make_parser().parse_args(shlex.split(line))
 
 
 @pytest.mark.live
