@@ -756,8 +756,12 @@ def test_a_long_run_holds_few_frames(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
-@pytest.mark.parametrize("target", [("-o", "x.gif"), ("-o", "x.mp4"), ("--latents", "x.safetensors"), ("--frames", "f")])
-def test_a_full_disk_is_one_line_and_leaves_nothing_half(target: tuple[str, str], picture: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "target", [("-o", "x.gif"), ("-o", "x.mp4"), ("--latents", "x.safetensors"), ("--frames", "f")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing_half(
+    target: tuple[str, str], picture: Path, tmp_path: Path
+) -> None:
     if target[1] == "x.mp4":
         pytest.importorskip("av")
     large = tmp_path / "large.png"

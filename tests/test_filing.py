@@ -116,12 +116,15 @@ def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
     p, processed = host.run({"output": ["frames"]}, **fields)
     assert 0 < len(processed.images) <= limit and len(every.images) == 36
     assert pixels(processed) == [every.images[notes(every).index(note)].tobytes() for note in notes(processed)]
-    assert [c for c in p.comments if "of 18 frames are shown" in c and ("all are saved" in c) == saved]
+    said = [c for c in p.comments if "of 18 frames are shown" in c and ("all are saved" in c) == saved]
+    assert said and set(said) <= set(processed.extra_generation_params["Unsampler messages"])
     if saved:
         assert len(list(host.out.iterdir())) == 2 * count == 72
 
 
-def test_all_levels_are_spread_over_the_limit(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_all_levels_are_spread_over_the_limit(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
     monkeypatch.setattr(host.shared.opts, "batch_unsampler_gallery_limit", 3, raising=False)
     _, processed = host.run({"output": ["frames"]})
     assert [n["step"] for n in notes(processed)] == [6, 3, 0]
@@ -139,9 +142,8 @@ def test_an_interrupt_before_any_noise_makes_nothing(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
 ) -> None:
     """The source alone is no progression: neither a file of it nor a picture."""
-    monkeypatch.setattr(
-        host.shared.state, "assign_current_image", lambda _: setattr(host.shared.state, "interrupted", True), raising=False
-    )
+    state = host.shared.state
+    monkeypatch.setattr(state, "assign_current_image", lambda _: setattr(state, "interrupted", True), raising=False)
     outputs = ["frames", "animation", "contact sheet", "sigma curve", "latents"]
     processed = host.processing.process_images(host.make(({"output": outputs},)))
     assert processed.images == [] and notes(processed) == [] and not any(host.out.iterdir())
@@ -246,7 +248,9 @@ def test_no_memory_for_a_single_frame_is_said(
         host.run({})
 
 
-def test_the_bar_says_when_files_are_written(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_bar_says_when_files_are_written(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
     from modules import images
 
     save, said = images.save_image, []

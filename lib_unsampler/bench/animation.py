@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import animation, render, standalone
+from .. import animation, standalone
 from ..settings import Settings
 from ..timing import Timing
 from ._report import Report, peak_memory
