@@ -223,7 +223,7 @@ class _Run:
         return torch.maximum(signal_scale(sigma, self._prediction), sigma)
 
     def reverse(self) -> Tensor:
-        """The sampler's function over the ascending schedule, without one look at a number of the device's."""
+        """The sampler's function over the ascending schedule, where the latents are: nothing here waits for the device."""
         visited = self._rising()
         sigmas = self._schedule[visited]
         source = self._source.to("cpu" if self._like.device.type == "mps" else self._like.device)  # which lacks float64
@@ -239,7 +239,7 @@ class _Run:
         self._count = 0
         z = source + (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
         if len(visited) > 1:
-            z = self._function(denoise, z, sigmas, extra_args={}, callback=callback, disable=True)
+            z = self._function(denoise, z, sigmas.to(source), extra_args={}, callback=callback, disable=True)
         self._reversed(visited[-1], z, None)
         return z.to(self._like)
 
