@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from test_clients import served
 from test_live import URL, img2img
 from test_settings import requests
 
@@ -94,6 +96,32 @@ def test_a_picture_s_own_parameters_are_pasted(page: Any) -> None:
     assert everything(page) == expected(parse(asked, "host"))
     paste(page, "pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128")
     assert everything(page) == {**expected(parse(asked, "host")), "enabled": False}
+
+
+def test_a_latents_file_is_chosen_or_uploaded(page: Any, tmp_path: Path) -> None:
+    (name,) = img2img({"output": ["latents"]})["params"]["Unsampler latents names"]
+    box = page.locator("#batch_unsampler")
+    if not page.locator("#batch_unsampler-visible-checkbox").is_checked():
+        box.locator(".label-wrap > span").first.click(position={"x": 60, "y": 10})
+    box.get_by_text("Levels from a file", exact=True).first.click()
+    page.click("#batch_unsampler_look")
+    page.wait_for_timeout(1500)
+    page.locator("#batch_unsampler_trajectory input").click()
+    assert page.locator("#batch_unsampler_trajectory ul li", has_text=name).count() == 1
+    page.keyboard.press("Escape")
+    file = tmp_path / "mine.safetensors"
+    for data, kept in ((served(f"/unsampler/v1/latents/{name}"), True), (b"no trajectory", False)):
+        before = shown(page, "trajectory")
+        file.write_bytes(data)
+        with page.expect_file_chooser() as chooser:
+            page.click("#batch_unsampler_upload")
+        chooser.value.set_files(str(file))
+        page.wait_for_timeout(3000)
+        if kept:
+            assert shown(page, "trajectory").startswith("unsampler-uploads/")
+        else:
+            assert shown(page, "trajectory") == before
+            assert page.get_by_text("not a readable trajectory file").count()
 
 
 def test_the_settings_tab_has_the_section(page: Any) -> None:
