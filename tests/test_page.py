@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from test_clients import served
 from test_live import URL, img2img
 from test_settings import requests
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
 ]
+SHARED = [HealthCheck.function_scoped_fixture]
 FIELDS = {f.name: f for f in surface_fields("host")}
 
 
@@ -78,7 +79,7 @@ def quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SHARED)
 @given(values=requests("host"))
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
     wanted = parse({**values, **{n: values[n].replace("\r", "") for n in ("positive", "negative", "trajectory")}}, "host")
