@@ -12,7 +12,9 @@ Two solvers, over the same k-diffusion samplers:
 
   by Anderson-accelerated fixed-point iteration (Walker & Ni 2011), started from what the solved levels
   predict, with what they taught about the model's Jacobian. Sampling again then gives the source. The step is
-  taken by the sampler's own function, so every deterministic one-step sampler is served by one solver.
+  taken by the sampler's own function, so every deterministic one-step sampler is served by one solver. DPM++ 2M,
+  whose step also looks at D one level above, is solved for all levels jointly, in sweeps: several times the
+  calls, the levels handed over at the end, and under strong guidance not always converging (the images say so).
   Each image of a batch converges by itself, and costs no call once it has.
 
 The sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
@@ -42,8 +44,12 @@ SOLVERS = ("reverse", "exact")
 CALLS = {"euler": 1, "heun": 2, "dpm_2": 2, "dpmpp_2m": 1, "lms": 1}
 """Every deterministic k-diffusion sampler with a schedule, and the model calls of one of its steps."""
 
-EXACT = ("euler", "heun", "dpm_2")
-"""Those whose step depends on nothing but its start, which ``exact`` inverts."""
+EXACT = ("euler", "heun", "dpm_2", "dpmpp_2m")
+"""Those that ``exact`` inverts: their step depends on its start alone, or (JOINT) on D one level above too."""
+
+JOINT = ("dpmpp_2m",)
+"""Those of EXACT whose levels are solved jointly."""
+
 
 KIN = {
     "euler_ancestral": "euler",
@@ -127,8 +133,8 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     name = KIN.get(sampler, sampler)
     if name not in CALLS:
         raise InversionError(f"sampler: {sampler!r} can not be inverted; choose one of {', '.join(CALLS)}")
-    if name not in served:
-        name = "euler"
+    if name not in served or (solver == "exact" and name in JOINT and name != sampler):
+        name = "euler"  # a sampler with noise gains nothing from the joint solver's many calls
     if name == sampler:
         return name, None
     why = "adds noise at each step" if sampler in KIN else "looks back over several steps"
@@ -174,7 +180,9 @@ def invert(
     if served != name:
         raise InversionError(f"sampler: {name!r} is inverted ({solver}) as {served!r}")
     run = _Run(model, x, levels, function, CALLS[name], prediction, visit)
-    return run.reverse() if solver == "reverse" else run.exact(tolerance, max_calls)
+    if solver == "reverse":
+        return run.reverse()
+    return run.joint(tolerance, max_calls) if name in JOINT else run.exact(tolerance, max_calls)
 
 
 def unconverged(walked: Sequence[Level]) -> list[str]:
@@ -309,12 +317,136 @@ class _Run:
             return y
 
         def extrapolated(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            (s0, d0), (s1, d1) = past[0], past[-1]
-            return d0 if s0 == s1 else d0 + (sigma[0] / s0).log() / (s0 / s1).log() * (d0 - d1)
+            return _extrapolated(past, sigma[0], x)
 
         one = torch.ones(1, 1).double()
         slope = self._function(lambda x, sigma, **_: 0 * x, one, sigmas, extra_args={}, disable=True)
         return y + (y - self._function(extrapolated, y, sigmas, extra_args={}, disable=True)) / slope.item()
+
+
+    def joint(self, tolerance: float, max_calls: int) -> Tensor:
+        r"""All levels at once, for a step that also depends on the model's answer one level above.
+
+        .. math:: y = \alpha_i x_i + \beta_i D(x_i; s_i) + \gamma_i D(x_{i-1}; s_{i-1})
+
+        Sweeps over the levels, least noisy first: each is solved with the D above that the sweep before left,
+        moved by what this sweep has changed at the level below. A level's residual counts both what its own
+        equation misses and what the D above has changed since.
+        """
+        rising = self._rising()
+        steps = [_Affine.of(self._function, self._around(rising, place)) for place in range(len(rising))]
+        size = len(self._source)
+        solvers = [_Solver(self._source, tolerance, max_calls, CARRIED) for _ in rising]
+        x: list[Tensor] = []
+        d: list[Tensor] = []
+        calls = torch.zeros(len(rising), size).int()
+        residual = torch.full((len(rising), size), torch.inf).double()
+        worst, stale = torch.full((size,), torch.inf).double(), torch.zeros(size).int()
+        images, sweep = torch.arange(size), 0
+        while len(images):
+            y, used, before = self._source, [], [t.clone() for t in d]
+            for place, (index, step) in enumerate(zip(rising, steps)):
+                sigmas, scale = self._schedule[index : index + 2], float(self._scale(self._schedule[index]))
+                past = [(self._schedule[rising[k]], d[k]) for k in range(place - 1, max(-1, place - 3), -1)]
+                if sweep == 0:
+                    above = _extrapolated(past, self._schedule[rising[min(place + 1, len(rising) - 1)]], y)
+                    here = _extrapolated(past, sigmas[0], y)
+                    guess = (y - step.here * here - step.above * above) / step.start if past else y
+                    x, d = [*x, guess], [*d, here]
+                else:
+                    above = d[place + 1] if place + 1 < len(d) else y
+                    above = above + d[place - 1] - before[place - 1] if place > 1 else above
+                used.append(above)
+                if place > 0 or sweep == 0:  # nothing above moves the last step
+                    solver = solvers[place]
+                    solver.tolerance = max(tolerance / 3, 1e-2 * 0.2**sweep) if place else tolerance
+                    solver.max_calls = max_calls - int(calls[place, images].max())
+                    call = index - self._levels.visited[-1]
+                    solved = solver.solve(self._with(step, sigmas, above, y, call), x[place], sigmas, scale, images)
+                    x[place] = _column_of(images, solved.x, x[place])
+                    answer = (y - step.start * x[place] - step.above * above) / step.here
+                    d[place] = _column_of(images, answer, d[place])
+                    calls[place] += solved.calls
+                    residual[place, images] = solved.residual[images]
+                y = x[place]
+            moved = [step.above * (d[k + 1] - used[k]) for k, step in enumerate(steps[:-1])]
+            total = residual.clone()
+            for k, change in enumerate(moved):
+                total[k] += change.flatten(1).square().mean(1).sqrt() / float(self._scale(self._schedule[rising[k]]))
+            # what the last step misses stays, however often the others are swept
+            now = total[1:].amax(0) if len(rising) > 1 else torch.zeros(size).double()
+            stale[images] = torch.where(now < PROGRESS * worst, 0, stale + 1)[images].int()
+            worst = torch.minimum(worst, now)
+            final = total if sweep == 0 else torch.where(_among(images, size), total, final)
+            going = (now > tolerance) & (stale < PATIENCE // 2) & (calls.amax(0) < max_calls)
+            images, sweep = images[going[images]], sweep + 1
+        for place, index in enumerate(rising):
+            about = {"residual": final[place], "calls": calls[place], "converged": final[place] <= tolerance}
+            for same in self._levels.visited:
+                if self._schedule[same] == self._schedule[index]:
+                    self._hand_over(same, x[place], d[place], **about)
+                    about["calls"] = torch.zeros_like(calls[place])
+        return x[-1].to(self._like)
+
+    def _around(self, rising: list[int], place: int) -> Tensor:
+        """The sigmas of the level above, this one and the one below; without one above for the noisiest."""
+        above = [self._schedule[rising[place + 1]]] if place + 1 < len(rising) else []
+        return torch.stack([*above, self._schedule[rising[place]], self._schedule[rising[place] + 1]])
+
+    def _with(self, step: _Affine, sigmas: Tensor, above: Tensor, y: Tensor, call: int) -> Evaluate:
+        """F for some images, with the D above given."""
+
+        def evaluate(x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, int]:
+            some = None if len(images) == len(y) else images
+            d = self._denoise(x, sigmas[0].expand(len(x)), call, some)
+            return step.start * x + step.here * d + step.above * above[images] - y[images], d, 1
+
+        return evaluate
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """A step's factors of its start, of D there and of D one level above, asked of the sampler's function."""
+
+    start: float
+    here: float
+    above: float
+
+    @staticmethod
+    def of(function: Callable[..., Tensor], sigmas: Tensor) -> _Affine:
+        """``sigmas``: of the level above if there is one, the start's and the end's."""
+
+        def ends(x: float, *answers: float) -> float:
+            said = iter(answers)
+
+            def denoise(z: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+                return torch.full_like(z, next(said))
+
+            return float(function(denoise, torch.full((1, 1), x).double(), sigmas, extra_args={}, disable=True))
+
+        if len(sigmas) == 2:
+            return _Affine(ends(1, 0), ends(0, 1), 0.0)
+        into = float(function(lambda z, sigma, **_: 0 * z, torch.ones(1, 1).double(), sigmas[:2], disable=True))
+        shift = float(function(lambda z, sigma, **_: 0 * z + 1, torch.zeros(1, 1).double(), sigmas[:2], disable=True))
+        start = ends(1 / into, 0, 0)
+        return _Affine(start, ends(0, 0, 1), ends(-shift / into, 1, 0))
+
+
+def _extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise: Tensor) -> Tensor:
+    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
+    if not past:
+        return otherwise
+    (s0, d0), (s1, d1) = past[0], past[-1]
+    return d0 if s0 == s1 else d0 + (sigma / s0).log() / (s0 / s1).log() * (d0 - d1)
+
+
+def _among(images: Tensor, size: int) -> Tensor:
+    return torch.isin(torch.arange(size), images)
+
+
+def _column_of(images: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for these images, ``old`` for the others."""
+    return torch.where(_column(_among(images, len(old)), old), new, old)
 
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
@@ -337,27 +469,31 @@ class _Solver:
     the model is taken for a Gaussian prior's, :math:`J = v / (v + s^2)`.
     """
 
-    def __init__(self, source: Tensor, tolerance: float, max_calls: int) -> None:
-        self._tolerance = tolerance
-        self._max_calls = max_calls
-        shape = (len(source), MEMORY, source[0].numel())
+    def __init__(self, source: Tensor, tolerance: float, max_calls: int, memory: int = MEMORY) -> None:
+        self.tolerance = tolerance
+        self.max_calls = max_calls
+        self._memory = memory
+        shape = (len(source), memory, source[0].numel())
         self._moves = torch.zeros(shape).double()
         self._answers = torch.zeros(shape).double()  # J dx
         self._count = torch.zeros(len(source)).long()  # pairs ever kept, of each image
         self._floor = torch.zeros(len(source)).double()  # the residual below which the model only gives noise
         self._sigma: Tensor | None = None
 
-    def solve(self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float) -> _Solved:
-        """Each image's x, D(x), residual, and the model calls it took."""
+    def solve(
+        self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float, images: Tensor | None = None
+    ) -> _Solved:
+        """Each image's x, D(x), residual, and the model calls it took; those of other images stay as guessed."""
         self._turn_to(sigmas[0])
         part = float(1 - sigmas[1] / sigmas[0])
-        enough = torch.maximum(2 * self._floor, torch.tensor(self._tolerance).double())
+        enough = torch.maximum(2 * self._floor, torch.tensor(self.tolerance).double())
         reach = IMPLAUSIBLE * float(sigmas[0]) if sigmas[1] == 0 else torch.inf
         size = len(guess)
         best = _Solved(guess.clone(), guess.clone(), torch.full((size,), torch.inf).double(), torch.zeros(size).int())
         forces = torch.zeros_like(guess)  # F at the best x
         stale, rates = torch.zeros(size).int(), torch.full((size,), LEAST_RATE).double()
-        images, x = torch.arange(size), guess
+        images = torch.arange(size) if images is None else images
+        x = guess[images]
         before: tuple[Tensor, Tensor, Tensor] | None = None
         while len(images):
             force, denoised, calls = evaluate(x, images)
@@ -382,7 +518,7 @@ class _Solver:
             stuck = ~done & ~ahead & (stale[images] >= PATIENCE)
             if sigmas[1] > 0:
                 self._floor[images[stuck]] = best.residual[images[stuck]]
-            going = ~(done | ahead | stuck | (best.calls[images] + calls > self._max_calls))
+            going = ~(done | ahead | stuck | (best.calls[images] + calls > self.max_calls))
             before = (x[going], force[going], residual[going])
             images, x = images[going], following[going]
         return best
@@ -390,7 +526,7 @@ class _Solver:
     def _turn_to(self, sigma: Tensor) -> None:
         """Forgets all but each image's newest pairs and moves those to a new level."""
         if self._sigma is not None:
-            age = (self._count[:, None] - 1 - torch.arange(MEMORY)) % MEMORY
+            age = (self._count[:, None] - 1 - torch.arange(self._memory)) % self._memory
             self._moves[age >= CARRIED] = self._answers[age >= CARRIED] = 0
             slope = (self._moves * self._answers).sum(2) / self._moves.square().sum(2)
             variance = self._sigma**2 * slope / (1 - slope)
@@ -399,7 +535,7 @@ class _Solver:
         self._sigma = sigma
 
     def _learn(self, images: Tensor, move: Tensor, change: Tensor, part: float) -> None:
-        slots = self._count[images] % MEMORY
+        slots = self._count[images] % self._memory
         self._moves[images, slots] = move.flatten(1)
         self._answers[images, slots] = (change - (1 - part) * move).flatten(1) / part
         self._count[images] += 1
@@ -413,7 +549,7 @@ class _Solver:
         moves, changes = moves * inverse, changes * inverse
         flat = force.flatten(1)[:, :, None]
         weights = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
-        newest = (self._count[images] - 1) % MEMORY
+        newest = (self._count[images] - 1) % self._memory
         speed = (moves * changes).sum(1)[torch.arange(len(images)), newest]
         speed = torch.where(speed > 0, speed.clamp(0.1, 2.0), 1.0)[:, None, None]
         return (speed * (flat - changes @ weights) + moves @ weights).reshape(force.shape)

@@ -266,7 +266,8 @@ class Settings:
         "exact",
         "Solver of the inversion",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
-        "DPM2), so sampling again gives the source; reverse: the sampler is run up the schedule, a call or two a step.",
+        "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run up "
+        "the schedule, a call or two a step.",
         choices=("exact", "reverse"),
     )
     tolerance: float = option(

@@ -245,7 +245,7 @@ def test_every_sampler_resamples_outside_the_mask_exactly(
 INVERT = ("--mode", "invert", "--positive", "sunset", "--negative", "night", "--cfg", "3")
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_2m"])
 @pytest.mark.parametrize("model", ["gaussian", "gaussian-flow", "mixture"])
 def test_an_exact_inversion_samples_back_to_the_picture_now_or_later(
     model: str, sampler: str, picture: Path, tmp_path: Path

@@ -1,7 +1,7 @@
 """Inversions side by side: what they find of a known noise, what comes back, and what a level costs in model calls.
 
 Known noise (the protocol of the mixture's anchors): x0 = s[0] times normal noise goes down a 20-step Karras
-schedule by Euler (ours of Heun: by Heun) to the state at s[19]; the inversion starts from that state and its x
+schedule by Euler (ours of Heun and DPM++ 2M: by those) to the state at s[19]; the inversion starts from that state and its x
 at s[0] is compared with x0: RMSE, and the dB of the state that Euler brings back from it. Picture: the whole
 round trip of photographs that the model was not trained on, from sigma 0 and back to it, in dB.
 dB is 20 log10(std(source) / RMSE); calls are the guided denoiser's for one image and level.
@@ -149,6 +149,7 @@ METHODS = (
     *(Method(f"Anderson(3), {n} calls", partial(fixed_point, most=n, memory=3)) for n in (3, 5)),
     *(Method(f"ours, exact Euler, {t:g}", partial(ours, solver="exact", tolerance=t)) for t in (1e-4, 1e-6)),
     Method("ours, exact Heun, 1e-06", partial(ours, solver="exact", sampler="heun"), "heun"),
+    Method("ours, exact DPM++ 2M, 1e-06", partial(ours, solver="exact", sampler="dpmpp_2m"), "dpmpp_2m"),
 )
 
 
