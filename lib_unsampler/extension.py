@@ -271,7 +271,7 @@ class Request:
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == host.img2img_steps(p))
 
     def _start(self, batch: Batch) -> Tensor:
-        """In place of the sampler's ``sample_img2img``: lets the model drive what it drives, then samples from there."""
+        """In place of the sampler's ``sample_img2img``: lets the model drive, then samples from there."""
         x = batch.x
         try:
             if x.ndim > 4 and x.shape[2] > 1:

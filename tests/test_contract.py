@@ -65,6 +65,9 @@ OWN_FACTS = {
 """The start state: each host says one of these."""
 
 FACTS = {
+    "options.py": ["restrict_api=False", "def add_option(self, key, info):", "def info(self, info):"],
+    "shared.py": ["hide_dirs = {'visible': not cmd_opts.hide_ui_dir_config}"],
+    "script_callbacks.py": ["def on_before_ui(callback", "def on_ui_settings(callback", "def on_app_started(callback"],
     "sd_samplers_kdiffusion.py": [
         "sigma_sched = sigmas[steps - t_enc - 1:]",
         "parameters = inspect.signature(self.func).parameters",

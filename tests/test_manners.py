@@ -164,7 +164,9 @@ def kept(host: SimpleNamespace, settings: dict[str, Any], **request: Any) -> str
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
-def test_init_from_a_file_is_the_init_that_made_it(host: SimpleNamespace, noise: str, sampler: str) -> None:  # noqa: F811
+def test_init_from_a_file_is_the_init_that_made_it(
+    host: SimpleNamespace, noise: str, sampler: str  # noqa: F811
+) -> None:
     made, _ = host.run({"output": ["init", "latents"], "noise": noise}, sampler_name=sampler)
     (file,) = host.out.glob("*.safetensors")
     again, processed = host.run({"output": ["init", "latents"], "trajectory": file.name}, sampler_name=sampler)
@@ -229,7 +231,7 @@ def test_a_replay_from_its_file(host: SimpleNamespace) -> None:  # noqa: F811
 
 @pytest.fixture
 def outside(host: SimpleNamespace, tmp_path: Path) -> list[str]:  # noqa: F811
-    """Names that must not be served: beside a good file in the folder, a good one outside it and a foreign one inside."""
+    """Names that must not be served; beside them one good file is in the folder."""
     good = host.out / kept(host, {})
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(good.read_bytes())
@@ -248,7 +250,9 @@ def test_nothing_but_our_files_in_the_folder_is_read(host: SimpleNamespace, outs
 
 
 @pytest.mark.parametrize("accounts", [{}, {"ann": "one", "bob": "two:2"}])
-def test_latents_over_the_api(host: SimpleNamespace, outside: list[str], accounts: dict[str, str]) -> None:  # noqa: F811
+def test_latents_over_the_api(
+    host: SimpleNamespace, outside: list[str], accounts: dict[str, str]  # noqa: F811
+) -> None:
     app = FastAPI()
     routes.add(app, lambda: host.out, accounts)
     client = TestClient(app)

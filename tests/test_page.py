@@ -47,7 +47,8 @@ def shown(page: Any, name: str) -> Any:
     """What a control shows, as its field's type."""
     f, box = FIELDS[name], page.locator(f"#batch_unsampler_{name}")
     if f.metadata["choices"] is OUTPUTS:
-        return tuple(box.locator("input:checked").evaluate_all("boxes => boxes.map(b => b.parentElement.innerText.trim())"))
+        labels = "boxes => boxes.map(b => b.parentElement.innerText.trim())"
+        return tuple(box.locator("input:checked").evaluate_all(labels))
     if f.metadata["choices"]:
         return box.locator("input:checked").evaluate("box => box.parentElement.innerText.trim()")
     if isinstance(f.default, bool):
@@ -82,7 +83,8 @@ def quoted(value: str) -> str:
 @settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SHARED)
 @given(values=requests("host"))
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
-    wanted = parse({**values, **{n: values[n].replace("\r", "") for n in ("positive", "negative", "trajectory")}}, "host")
+    texts = {name: values[name].replace("\r", "") for name in ("positive", "negative", "trajectory")}  # as a page has them
+    wanted = parse({**values, **texts}, "host")
     written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
     paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
