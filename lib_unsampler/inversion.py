@@ -37,7 +37,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .noising import append_dims, signal_scale
+from .fixedpoint import Evaluate, Solved, Solver
+from .joint import Joint, extrapolated
+from .noising import signal_scale
 from .schedule import Levels
 
 SOLVERS = ("reverse", "exact")
@@ -60,21 +62,6 @@ KIN = {
     "dpmpp_3m_sde": "dpmpp_2m",
 }
 """Samplers that add noise, and the deterministic one that solves the same equation in the same way."""
-
-MEMORY, CARRIED = 6, 3
-"""Secant pairs kept for each image at a level, and taken along to the next."""
-
-CAUTION, LEAST_RATE = 3.0, 0.01
-"""An x is accepted without a call to check it if the residual would do at CAUTION times the worst rate of
-convergence seen at its level, or LEAST_RATE."""
-
-IMPLAUSIBLE = 3.0
-"""The most noise, in units of the first level's sigma, that the last step's x may hold: beyond, no sampler goes."""
-
-PROGRESS, PATIENCE = 0.8, 6
-"""Evaluations without a residual below PROGRESS of the best after which a level is left as it is; halfway
-there the solver begins again from the best."""
-
 
 class Model(Protocol):
     """A guided denoiser: ``model(x, sigma, call, images) -> D(x; sigma)``.
@@ -276,7 +263,7 @@ class _Run:
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y, past = self._source, []
-        solver = _Solver(self._source, tolerance, max_calls)
+        solver = Solver(self._source, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
@@ -284,7 +271,7 @@ class _Run:
                 solved = solver.solve(self._step_onto(index, y), self._predicted(y, sigmas, past), sigmas, scale)
                 past = [(sigmas[0], solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
-                solved = _Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
+                solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
             about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
             self._hand_over(index, solved.x, solved.denoised, **about)
             y = solved.x
@@ -316,254 +303,30 @@ class _Run:
         if not past:
             return y
 
-        def extrapolated(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return _extrapolated(past, sigma[0], x)
+        def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return extrapolated(past, sigma[0], x)
 
         one = torch.ones(1, 1).double()
         slope = self._function(lambda x, sigma, **_: 0 * x, one, sigmas, extra_args={}, disable=True)
-        return y + (y - self._function(extrapolated, y, sigmas, extra_args={}, disable=True)) / slope.item()
-
+        return y + (y - self._function(said, y, sigmas, extra_args={}, disable=True)) / slope.item()
 
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
-        r"""All levels at once, for a step that also depends on the model's answer one level above.
-
-        .. math:: y = \alpha_i x_i + \beta_i D(x_i; s_i) + \gamma_i D(x_{i-1}; s_{i-1})
-
-        Sweeps over the levels, least noisy first: each is solved with the D above that the sweep before left,
-        moved by what this sweep has changed at the level below. A level's residual counts both what its own
-        equation misses and what the D above has changed since.
-        """
+        """All levels at once, for a step that also depends on D one level above."""
         rising = self._rising()
-        steps = [_Affine.of(self._function, self._around(rising, place)) for place in range(len(rising))]
-        size = len(self._source)
-        solvers = [_Solver(self._source, tolerance, max_calls, CARRIED) for _ in rising]
-        x: list[Tensor] = []
-        d: list[Tensor] = []
-        calls = torch.zeros(len(rising), size).int()
-        residual = torch.full((len(rising), size), torch.inf).double()
-        worst, stale = torch.full((size,), torch.inf).double(), torch.zeros(size).int()
-        images, sweep = torch.arange(size), 0
-        while len(images):
-            y, used, before = self._source, [], [t.clone() for t in d]
-            for place, (index, step) in enumerate(zip(rising, steps)):
-                sigmas, scale = self._schedule[index : index + 2], float(self._scale(self._schedule[index]))
-                past = [(self._schedule[rising[k]], d[k]) for k in range(place - 1, max(-1, place - 3), -1)]
-                if sweep == 0:
-                    above = _extrapolated(past, self._schedule[rising[min(place + 1, len(rising) - 1)]], y)
-                    here = _extrapolated(past, sigmas[0], y)
-                    guess = (y - step.here * here - step.above * above) / step.start if past else y
-                    x, d = [*x, guess], [*d, here]
-                else:
-                    above = d[place + 1] if place + 1 < len(d) else y
-                    above = above + d[place - 1] - before[place - 1] if place > 1 else above
-                used.append(above)
-                if place > 0 or sweep == 0:  # nothing above moves the last step
-                    solver = solvers[place]
-                    solver.tolerance = max(tolerance / 3, 1e-2 * 0.2**sweep) if place else tolerance
-                    solver.max_calls = max_calls - int(calls[place, images].max())
-                    call = index - self._levels.visited[-1]
-                    solved = solver.solve(self._with(step, sigmas, above, y, call), x[place], sigmas, scale, images)
-                    x[place] = _column_of(images, solved.x, x[place])
-                    answer = (y - step.start * x[place] - step.above * above) / step.here
-                    d[place] = _column_of(images, answer, d[place])
-                    calls[place] += solved.calls
-                    residual[place, images] = solved.residual[images]
-                y = x[place]
-            moved = [step.above * (d[k + 1] - used[k]) for k, step in enumerate(steps[:-1])]
-            total = residual.clone()
-            for k, change in enumerate(moved):
-                total[k] += change.flatten(1).square().mean(1).sqrt() / float(self._scale(self._schedule[rising[k]]))
-            # what the last step misses stays, however often the others are swept
-            now = total[1:].amax(0) if len(rising) > 1 else torch.zeros(size).double()
-            stale[images] = torch.where(now < PROGRESS * worst, 0, stale + 1)[images].int()
-            worst = torch.minimum(worst, now)
-            final = total if sweep == 0 else torch.where(_among(images, size), total, final)
-            going = (now > tolerance) & (stale < PATIENCE // 2) & (calls.amax(0) < max_calls)
-            images, sweep = images[going[images]], sweep + 1
+        sigmas = torch.cat([self._schedule.new_zeros(1), self._schedule[rising]])
+        start = self._levels.visited[-1]
+
+        def denoise(x: Tensor, sigma: Tensor, place: int, images: Tensor | None) -> Tensor:
+            return self._denoise(x, sigma, rising[place] - start, images)
+
+        scales = [float(self._scale(sigma)) for sigma in sigmas[1:]]
+        made = Joint(self._function, denoise, self._source, sigmas, scales)
+        made.solve(tolerance, max_calls)
         for place, index in enumerate(rising):
-            about = {"residual": final[place], "calls": calls[place], "converged": final[place] <= tolerance}
+            residual, calls = made.residual[place], made.calls[place]
             for same in self._levels.visited:
                 if self._schedule[same] == self._schedule[index]:
-                    self._hand_over(same, x[place], d[place], **about)
-                    about["calls"] = torch.zeros_like(calls[place])
-        return x[-1].to(self._like)
-
-    def _around(self, rising: list[int], place: int) -> Tensor:
-        """The sigmas of the level above, this one and the one below; without one above for the noisiest."""
-        above = [self._schedule[rising[place + 1]]] if place + 1 < len(rising) else []
-        return torch.stack([*above, self._schedule[rising[place]], self._schedule[rising[place] + 1]])
-
-    def _with(self, step: _Affine, sigmas: Tensor, above: Tensor, y: Tensor, call: int) -> Evaluate:
-        """F for some images, with the D above given."""
-
-        def evaluate(x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, int]:
-            some = None if len(images) == len(y) else images
-            d = self._denoise(x, sigmas[0].expand(len(x)), call, some)
-            return step.start * x + step.here * d + step.above * above[images] - y[images], d, 1
-
-        return evaluate
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """A step's factors of its start, of D there and of D one level above, asked of the sampler's function."""
-
-    start: float
-    here: float
-    above: float
-
-    @staticmethod
-    def of(function: Callable[..., Tensor], sigmas: Tensor) -> _Affine:
-        """``sigmas``: of the level above if there is one, the start's and the end's."""
-
-        def ends(x: float, *answers: float) -> float:
-            said = iter(answers)
-
-            def denoise(z: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-                return torch.full_like(z, next(said))
-
-            return float(function(denoise, torch.full((1, 1), x).double(), sigmas, extra_args={}, disable=True))
-
-        if len(sigmas) == 2:
-            return _Affine(ends(1, 0), ends(0, 1), 0.0)
-        into = float(function(lambda z, sigma, **_: 0 * z, torch.ones(1, 1).double(), sigmas[:2], disable=True))
-        shift = float(function(lambda z, sigma, **_: 0 * z + 1, torch.zeros(1, 1).double(), sigmas[:2], disable=True))
-        start = ends(1 / into, 0, 0)
-        return _Affine(start, ends(0, 0, 1), ends(-shift / into, 1, 0))
-
-
-def _extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise: Tensor) -> Tensor:
-    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
-    if not past:
-        return otherwise
-    (s0, d0), (s1, d1) = past[0], past[-1]
-    return d0 if s0 == s1 else d0 + (sigma / s0).log() / (s0 / s1).log() * (d0 - d1)
-
-
-def _among(images: Tensor, size: int) -> Tensor:
-    return torch.isin(torch.arange(size), images)
-
-
-def _column_of(images: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for these images, ``old`` for the others."""
-    return torch.where(_column(_among(images, len(old)), old), new, old)
-
-
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
-"""``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
-
-
-@dataclass
-class _Solved:
-    x: Tensor
-    denoised: Tensor
-    residual: Tensor
-    calls: Tensor
-
-
-class _Solver:
-    r"""Anderson acceleration on F(x) = 0 for each image of a batch by itself, level after level.
-
-    What was learnt of the model's Jacobian J at a level is carried to the next: a secant pair (dx, dF) there
-    is a pair (dx, J dx) with :math:`dF = (1 - c) dx + c\, J dx`, :math:`c = 1 - s_{i+1} / s_i`, and along dx
-    the model is taken for a Gaussian prior's, :math:`J = v / (v + s^2)`.
-    """
-
-    def __init__(self, source: Tensor, tolerance: float, max_calls: int, memory: int = MEMORY) -> None:
-        self.tolerance = tolerance
-        self.max_calls = max_calls
-        self._memory = memory
-        shape = (len(source), memory, source[0].numel())
-        self._moves = torch.zeros(shape).double()
-        self._answers = torch.zeros(shape).double()  # J dx
-        self._count = torch.zeros(len(source)).long()  # pairs ever kept, of each image
-        self._floor = torch.zeros(len(source)).double()  # the residual below which the model only gives noise
-        self._sigma: Tensor | None = None
-
-    def solve(
-        self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float, images: Tensor | None = None
-    ) -> _Solved:
-        """Each image's x, D(x), residual, and the model calls it took; those of other images stay as guessed."""
-        self._turn_to(sigmas[0])
-        part = float(1 - sigmas[1] / sigmas[0])
-        enough = torch.maximum(2 * self._floor, torch.tensor(self.tolerance).double())
-        reach = IMPLAUSIBLE * float(sigmas[0]) if sigmas[1] == 0 else torch.inf
-        size = len(guess)
-        best = _Solved(guess.clone(), guess.clone(), torch.full((size,), torch.inf).double(), torch.zeros(size).int())
-        forces = torch.zeros_like(guess)  # F at the best x
-        stale, rates = torch.zeros(size).int(), torch.full((size,), LEAST_RATE).double()
-        images = torch.arange(size) if images is None else images
-        x = guess[images]
-        before: tuple[Tensor, Tensor, Tensor] | None = None
-        while len(images):
-            force, denoised, calls = evaluate(x, images)
-            residual = force.flatten(1).square().mean(1).sqrt() / scale
-            best.calls[images] += calls
-            stale[images] = torch.where(residual < PROGRESS * best.residual[images], 0, stale[images] + 1).int()
-            better = residual < best.residual[images]
-            _keep(best, images[better], x[better], denoised[better], residual[better])
-            forces[images[better]] = force[better]
-            predicted = torch.full_like(residual, torch.inf)
-            if before is not None:
-                self._learn(images, x - before[0], force - before[1], part)
-                rates[images] = torch.maximum(rates[images], residual / before[2])
-                predicted = residual * CAUTION * rates[images]
-            lost = stale[images] == PATIENCE // 2  # begin again from the best, with nothing learnt
-            self._moves[images[lost]] = self._answers[images[lost]] = 0
-            x, force = (torch.where(_column(lost, x), kept[images], now) for kept, now in ((best.x, x), (forces, force)))
-            following = _within(reach, guess[images], x - self._step(images, force, part))
-            done = residual <= enough[images]
-            ahead = ~done & (predicted <= enough[images])
-            _keep(best, images[ahead], following[ahead], denoised[ahead], predicted[ahead])
-            stuck = ~done & ~ahead & (stale[images] >= PATIENCE)
-            if sigmas[1] > 0:
-                self._floor[images[stuck]] = best.residual[images[stuck]]
-            going = ~(done | ahead | stuck | (best.calls[images] + calls > self.max_calls))
-            before = (x[going], force[going], residual[going])
-            images, x = images[going], following[going]
-        return best
-
-    def _turn_to(self, sigma: Tensor) -> None:
-        """Forgets all but each image's newest pairs and moves those to a new level."""
-        if self._sigma is not None:
-            age = (self._count[:, None] - 1 - torch.arange(self._memory)) % self._memory
-            self._moves[age >= CARRIED] = self._answers[age >= CARRIED] = 0
-            slope = (self._moves * self._answers).sum(2) / self._moves.square().sum(2)
-            variance = self._sigma**2 * slope / (1 - slope)
-            turned = torch.where(slope > 0, variance / (variance + sigma**2) / slope, (self._sigma / sigma) ** 2)
-            self._answers *= torch.where(slope < 1, turned, 1.0)[:, :, None]
-        self._sigma = sigma
-
-    def _learn(self, images: Tensor, move: Tensor, change: Tensor, part: float) -> None:
-        slots = self._count[images] % self._memory
-        self._moves[images, slots] = move.flatten(1)
-        self._answers[images, slots] = (change - (1 - part) * move).flatten(1) / part
-        self._count[images] += 1
-
-    def _step(self, images: Tensor, force: Tensor, part: float) -> Tensor:
-        """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
-        moves = self._moves[images].mT
-        changes = (1 - part) * moves + part * self._answers[images].mT
-        sizes = changes.norm(dim=1, keepdim=True)
-        inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
-        moves, changes = moves * inverse, changes * inverse
-        flat = force.flatten(1)[:, :, None]
-        weights = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
-        newest = (self._count[images] - 1) % self._memory
-        speed = (moves * changes).sum(1)[torch.arange(len(images)), newest]
-        speed = torch.where(speed > 0, speed.clamp(0.1, 2.0), 1.0)[:, None, None]
-        return (speed * (flat - changes @ weights) + moves @ weights).reshape(force.shape)
-
-
-def _within(reach: float, centre: Tensor, x: Tensor) -> Tensor:
-    """x, pulled towards the centre where it is further than ``reach`` (RMS) from it."""
-    away = (x - centre).flatten(1).square().mean(1).sqrt()
-    return centre + _column((reach / away).clamp_max(1.0), x) * (x - centre) if reach < torch.inf else x
-
-
-def _column(of: Tensor, like: Tensor) -> Tensor:
-    return append_dims(of, like.ndim)
-
-
-def _keep(best: _Solved, images: Tensor, x: Tensor, denoised: Tensor, residual: Tensor) -> None:
-    best.x[images], best.denoised[images], best.residual[images] = x, denoised, residual
+                    about = {"residual": residual, "calls": calls, "converged": residual <= tolerance}
+                    self._hand_over(same, made.x[place], made.d[place], **about)
+                    calls = torch.zeros_like(calls)
+        return made.x[-1].to(self._like)
