@@ -313,7 +313,7 @@ class _Run:
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
         """All levels at once, for a step that also depends on D one level above."""
         rising = self._rising()
-        sigmas = torch.cat([self._schedule.new_zeros(1), self._schedule[rising]])
+        sigmas = self._schedule[[rising[0] + 1, *rising]]
         start = self._levels.visited[-1]
 
         def denoise(x: Tensor, sigma: Tensor, place: int, images: Tensor | None) -> Tensor:

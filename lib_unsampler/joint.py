@@ -85,7 +85,7 @@ class Joint:
             function: The sampler's.
             denoise: The model.
             source: The clean latents in float64 on the CPU, with shape (B, ...).
-            rising: 0 and the levels' sigmas, rising, with shape (levels + 1).
+            rising: The source's own sigma, mostly 0, and the levels' sigmas, rising, with shape (levels + 1).
             scales: What residuals are measured by at each level.
         """
         size, count = len(source), len(rising) - 1
@@ -93,6 +93,7 @@ class Joint:
         windows = (rising[place : place + 3].flip(0) for place in range(count))
         self._steps = [Affine.of(function, window) for window in windows]
         self._below = rising[:-1]
+        self._ends = int(rising[0] == 0)  # the first level is the sampler's last step, which nothing above moves
         self._solvers = [Solver(source, 0.0, 1, CARRIED) for _ in range(count)]
         self._own = torch.full((count, size), torch.inf).double()
         self.x: list[Tensor] = []
@@ -108,7 +109,7 @@ class Joint:
         while len(images):
             self._sweep(images, sweep, tolerance, max_calls)
             # what the last step misses stays, however often the others are swept
-            now = self.residual[1:].amax(0) if len(self.x) > 1 else torch.zeros(size).double()
+            now = self.residual[self._ends :].amax(0) if len(self.x) > self._ends else torch.zeros(size).double()
             stale[images] = torch.where(now < PROGRESS * worst, 0, stale + 1)[images].int()
             worst = torch.minimum(worst, now)
             going = (now > tolerance) & (stale < PATIENCE // 2) & (self.calls.amax(0) < max_calls)
@@ -119,9 +120,9 @@ class Joint:
         for place, step in enumerate(self._steps):
             above = self._above(place, before) if sweep else self._begin(place, y)
             used.append(above)
-            if place > 0 or sweep == 0:  # nothing above moves the last step
+            if place >= self._ends or sweep == 0:
                 solver = self._solvers[place]
-                solver.tolerance = max(tolerance / 3, FIRST_TOLERANCE * TIGHTER**sweep) if place else tolerance
+                solver.tolerance = max(tolerance / 3, FIRST_TOLERANCE * TIGHTER**sweep) if place >= self._ends else tolerance
                 solver.max_calls = max_calls - int(self.calls[place, images].max())
                 self._settle(place, step, above, y, images)
             y = self.x[place]

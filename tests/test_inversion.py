@@ -126,6 +126,13 @@ def test_the_levels_of_dpmpp_2m_are_the_states_of_its_own_run() -> None:
     assert calls_of(walked).mean() <= 20
 
 
+def test_dpmpp_2m_finds_a_known_noise_from_a_noisy_state_too() -> None:
+    model, sigmas, x, _ = anchor()
+    y = kd.sample_dpmpp_2m(model, x, sigmas[:20], disable=True)
+    walked = inverted(plain(model), y, below(sigmas), "exact", "dpmpp_2m", tolerance=1e-7)
+    assert rms(walked[-1].z - x).mean() <= 1e-4
+
+
 def test_dpmpp_2m_under_strong_guidance_tells_which_images_come_back() -> None:
     """The mixture's answers switch sharply at cfg 7: some images converge, the others are named, none pretends."""
     whole = anchor_mixture()
