@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lib_unsampler.bench._pixels import pixel_denoiser
+from lib_unsampler.bench.inversion import photographs
 from lib_unsampler.embedded import MixturePrior, anchor_mixture, guided, make_model
 from lib_unsampler.inversion import CALLS, EXACT, KIN, InversionError, Level, invert, kin, unconverged
 from lib_unsampler.sampling import get_sigmas, kd
@@ -315,3 +317,25 @@ def test_every_sampler_of_the_settings_is_served_mapped_or_refused() -> None:
         assert kin(sampler, "exact")[0] in EXACT
     assert refused == {"dpm_fast", "dpm_adaptive"}
     assert set(KIN) <= set(SAMPLERS)
+
+
+def test_a_schedule_up_to_zero_terminal_snr_comes_back() -> None:
+    model = make_model("gaussian", "sea", *SIZE)
+    source = 0.3 * torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    plan = levels(kd.get_sigmas_karras(20, 0.0292, 4518.0))
+    walked = inverted(plain(model), source, plan, "exact")
+    assert all(level.converged.all() for level in walked)
+    back = kd.sample_euler(model, walked[-1].z, plan.schedule, disable=True)
+    assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) >= 60  # float32 at 4518: 5e-4
+
+
+@pytest.mark.parametrize(("sampler", "most"), [("euler", 6), ("heun", 11), ("dpmpp_2m", 40)])
+def test_photographs_come_back_through_a_trained_network(sampler: str, most: float) -> None:
+    source, network = photographs(2), pixel_denoiser()
+    plan = levels(get_sigmas("karras", 20, "eps"))
+    with torch.inference_mode():
+        walked = inverted(plain(network), source, plan, "exact", sampler)
+        back = function(sampler)(network, walked[-1].z, plan.schedule, disable=True)
+    assert all(level.converged.all() for level in walked)
+    assert calls_of(walked).mean() <= most
+    assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) >= 70
