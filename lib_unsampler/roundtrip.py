@@ -93,7 +93,7 @@ def _plot(draw: ImageDraw.ImageDraw, trip: RoundTrip, box: tuple[int, int, int, 
         draw.line((left, height(10.0**power), right, height(10.0**power)), fill=FAINT)
         write_text(draw, (8, height(10.0**power) - 8), f"1e{power}", 13)
     draw.line((left, height(trip.tolerance), right, height(trip.tolerance)), fill=ACCENT, width=2)
-    write_text(draw, (right - 76, height(trip.tolerance) + 3), "tolerance", 13)
+    write_text(draw, (right - 76, height(trip.tolerance) - 18), "tolerance", 13)
     across = [left + (i + 0.5) / len(trip.steps) * (right - left) for i in range(len(trip.steps))]
     points = [(x, height(residual)) for x, residual in zip(across, trip.residuals)]
     draw.line(points, fill=INK, width=2)
