@@ -301,13 +301,13 @@ def watched(button: str, settings: dict[str, Any], **fields: Any) -> tuple[dict[
 
 
 def test_interrupt_ends_with_what_was_done(plain: list[bytes]) -> None:
-    reply, progress = watched("interrupt", {"steps": 300}, n_iter=2)
+    reply, progress = watched("interrupt", {"steps": 200}, n_iter=2)  # all within the gallery's limit
     count = kinds(reply).count("frame")
-    assert 5 < count < 301
+    assert 5 < count < 201
     assert {n["image"] for n in notes(reply)} == {0}
     assert opened(reply["images"][0]).n_frames == count
     assert "Unsampling: frame" in progress["textinfo"]
-    assert progress["state"]["sampling_steps"] == 302 and 0 < progress["progress"] < 1
+    assert progress["state"]["sampling_steps"] == 202 and 0 < progress["progress"] < 1
     assert opened(progress["current_image"]).size == (128, 128)
     assert pixels(img2img()) == plain
 
