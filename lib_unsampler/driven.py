@@ -56,7 +56,9 @@ class Batch:
     steps: int | None = None
     image_conditioning: Any = None
 
-    def sample(self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None) -> Tensor:
+    def sample(
+        self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None
+    ) -> Tensor:
         """The host's own sampling from the plan's noisiest level down, or a body in its function's place."""
         conds = conds or (self.conditioning, self.unconditional_conditioning)
         begin = nullcontext(self.steps) if plan.own_start else host.start_at(self.p, plan.total, plan.start)
@@ -74,14 +76,12 @@ class Inverted:
         levels: Every visited level that was reached.
         estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
         back: The noisiest level sampled back under the same prompts, for reports; else None.
-        calls: All the model calls that were made.
     """
 
     source: Tensor
     levels: tuple[Level, ...]
     estimates: Mapping[int, Tensor]
     back: Tensor | None
-    calls: int
 
     def kept(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         """The kept levels that were reached, as (schedule index, z in float32)."""
@@ -136,20 +136,22 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
     p, count = batch.p, len(plan.levels.visited)
     progress = host.Progress(count, own_job=False)
     reached: list[Level] = []
-    models: list[host.GuidedModel] = []
     estimates: dict[int, Tensor] = {}
     back: list[Tensor] = []
 
     def body(function: Callable[..., Tensor], denoiser: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        model = host.GuidedModel(denoiser, options["extra_args"], p.sampler.config.total_steps(1) // CALLS[name])
-        models.append(model)
+        def called(calls: int) -> None:
+            level = min(len(reached) + 1, count)
+            progress.at(len(reached), f"Inverting: level {level} of {count}, {calls} model calls")
+
+        stride = p.sampler.config.total_steps(1) // CALLS[name]
+        model = host.GuidedModel(denoiser, options["extra_args"], stride, called)
 
         def visit(level: Level) -> None:
             reached.append(level)
             if settings.panel and level.index in plan.levels.kept:
                 sigma = level.z.new_full((len(level.z),), level.sigma)
                 estimates[level.index] = model(level.z, sigma, CALLS[name] * (level.index - plan.start))
-            progress.at(len(reached), f"Inverting: level {len(reached)} of {count}, {model.calls} model calls")
 
         limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
         with host.untouched_draws():
@@ -162,7 +164,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
 
     batch.sample(plan, body, conds)
     progress.done()
-    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None, sum(m.calls for m in models))
+    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
 
 
 def _masked(model: Callable[..., Tensor], source: Tensor, mask: Tensor | None) -> Callable[..., Tensor]:
