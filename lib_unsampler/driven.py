@@ -167,11 +167,20 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
     return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
 
 
-def _masked(model: Callable[..., Tensor], source: Tensor, mask: Tensor | None) -> Callable[..., Tensor]:
-    """The host's denoiser with the source outside the mask, as its samplers inpaint."""
-    if mask is None:
-        return model
-    return lambda x, sigma, **args: mask * model(x, sigma, **args) + (1 - mask) * source
+class _Inpainting:
+    """The host's denoiser with the source outside the mask, as its samplers inpaint; in all else the denoiser itself."""
+
+    def __init__(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
+        self._model = model
+        self._source = source
+        self._mask = mask
+
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        denoised = self._model(x, sigma, **args)
+        return denoised if self._mask is None else self._mask * denoised + (1 - self._mask) * self._source
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)  # Forge's samplers ask their model for its prediction type
 
 
 def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recording | None:
@@ -192,7 +201,7 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)  # where prompt editing is in the schedule
-        source_model = _masked(model, x, getattr(p, "nmask", None))
+        source_model = _Inpainting(model, x, getattr(p, "nmask", None))
         sigmas = sigmas[-steps - 1 :]
         made.append(replay.record(function, source_model, sigmas, states, x, fresh, plan.prediction, **options))
         return start
@@ -214,7 +223,7 @@ def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
         model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)
-        edited = _masked(model, batch.x, getattr(p, "nmask", None))
+        edited = _Inpainting(model, batch.x, getattr(p, "nmask", None))
         whole = plan.levels.schedule[-recorded - 1 :].to(sigmas)
         return replay.replay(function, edited, whole, recording.like(start), recorded - steps, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,6 +202,38 @@ def test_a_replay_is_the_source_at_any_scale(host: SimpleNamespace, sampler: str
     settings = {"mode": "replay", "output": ["init"], "cfg": cfg}
     p, _ = host.run(settings, sampler_name=sampler, cfg_scale=cfg, denoising_strength=1.0, batch_size=2)
     assert decibels(p.latest_samples, p.init_latent) >= 180
+
+
+def test_a_masked_replay_by_a_sampler_that_looks_at_its_model(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """Forge's ancestral samplers ask ``model.inner_model`` for its prediction type."""
+    from modules import sd_samplers
+
+    create = sd_samplers.create_sampler
+
+    def asking(name: str, model: Any) -> Any:
+        sampler = create(name, model)
+        function = sampler.func
+
+        @functools.wraps(function)
+        def sample(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            assert model.inner_model is not None
+            return function(model, *args, **kwargs)
+
+        sampler.func = sample
+        return sampler
+
+    monkeypatch.setattr(sd_samplers, "create_sampler", asking)
+    nmask = torch.zeros(1, 1, 8, 8)
+    nmask[..., :4] = 1
+    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0, "nmask": nmask, "mask": 1 - nmask}
+    settings = {"mode": "replay", "output": ["init"], "cfg": 7}
+    same, _ = host.run(settings, **fields)
+    assert decibels(same.latest_samples, same.init_latent) >= 180
+    edit, _ = host.run({**settings, "positive": "a dog"}, **fields)
+    assert torch.equal(edit.latest_samples[..., 4:], edit.init_latent[..., 4:])
+    assert decibels(edit.latest_samples[..., :4], edit.init_latent[..., :4]) < 100
 
 
 def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811

@@ -22,6 +22,7 @@ class CFGDenoiser:
         self.steps = self.total_steps = self.p = None
         self.step = 0
         self.sampler = sampler
+        self.inner_model = self
 
     def __call__(self, *args, **kwargs):
         return self.forward(*args, **kwargs)
