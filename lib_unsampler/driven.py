@@ -56,14 +56,18 @@ class Batch:
     steps: int | None = None
     image_conditioning: Any = None
 
+    @property
+    def conds(self) -> tuple[Any, Any]:
+        """The request's own (positive, negative) conditions."""
+        return self.conditioning, self.unconditional_conditioning
+
     def sample(
         self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None
     ) -> Tensor:
         """The host's own sampling from the plan's noisiest level down, or a body in its function's place."""
-        conds = conds or (self.conditioning, self.unconditional_conditioning)
         begin = nullcontext(self.steps) if plan.own_start else host.start_at(self.p, plan.total, plan.start)
         with begin as steps:
-            args = (self.p, self.x, self.noise, *conds, steps, self.image_conditioning)
+            args = (self.p, self.x, self.noise, *(conds or self.conds), steps, self.image_conditioning)
             return self.own(*args) if body is None else host.in_sampler(body, self.own, *args)
 
 
@@ -119,8 +123,7 @@ def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
     name, message = kin(host.sampler_function(batch.p.sampler), settings.solver)
     if message is not None:
         host.comment(batch.p, message)
-    conds = (batch.conditioning, batch.unconditional_conditioning)
-    with host.prompted(batch.p, settings.positive, settings.negative, settings.cfg, conds) as source_conds:
+    with host.prompted(batch.p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
         asked = [getattr(settings, name) for name in ("solver", "cfg", "tolerance", "max_calls", "panel", "report")]
         key = fingerprint(host.identity(batch.p, TITLE), source_conds, plan, asked)
         if _last is None or _last[0] != key:
@@ -206,8 +209,7 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
         made.append(replay.record(function, source_model, sigmas, states, x, fresh, plan.prediction, **options))
         return start
 
-    conds = (batch.conditioning, batch.unconditional_conditioning)
-    with host.prompted(p, settings.positive, settings.negative, settings.cfg, conds) as source_conds:
+    with host.prompted(p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
         batch.sample(plan, body, source_conds)
     return made[0] if made else None
 
