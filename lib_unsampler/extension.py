@@ -23,7 +23,7 @@ from .filing import ENDINGS, Filing, Reply
 from .inversion import Level, kin, unconverged
 from .noising import blend, walk
 from .replay import Recording, check_function
-from .roundtrip import RoundTrip, latent_decibels, pixel_decibels
+from .roundtrip import measured
 from .schedule import levels
 from .settings import (
     INFOTEXT_PREFIX,
@@ -389,17 +389,9 @@ class Request:
             return
         pictures = self._decode([(None, inverted.source), (None, inverted.back.to(inverted.source))])
         for image, (source, back) in enumerate(zip(*pictures)):
+            latents = (inverted.back[image], inverted.source[image])
             encoded = host.encoded_picture(self.p, image)
-            residuals = [float(level.residual[image]) for level in inverted.levels if level.residual is not None]
-            trip = RoundTrip(
-                latents=latent_decibels(inverted.back[image], inverted.source[image]),
-                pixels=pixel_decibels(back, source),
-                codec=None if encoded is None else pixel_decibels(source, encoded),
-                steps=[level.index for level in inverted.levels],
-                residuals=residuals,
-                calls=sum(int(level.calls[image]) for level in inverted.levels),
-                tolerance=self.settings.tolerance,
-            )
+            trip = measured(inverted.levels, image, latents, (back, source), encoded, self.settings.tolerance)
             filing.report(image, trip, self._save_samples())
 
     def _filing(self, plan: Plan) -> Filing:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .inversion import Level
 from .render import ACCENT, FAINT, INK, PAPER, write_text
 
 SIZE = (720, 405)
@@ -66,6 +67,35 @@ def pixel_decibels(made: Image.Image, source: Image.Image) -> float | None:
     one, other = (np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in (made, source))
     error = math.sqrt(float(np.mean((one - other) ** 2)))
     return None if error == 0 else 20 * math.log10(255 / error)
+
+
+def measured(
+    levels: Sequence[Level],
+    image: int,
+    latents: tuple[Tensor, Tensor],
+    pictures: tuple[Image.Image, Image.Image],
+    encoded: Image.Image | None,
+    tolerance: float,
+) -> RoundTrip:
+    """The round trip of one image of a batch.
+
+    Arguments:
+        levels: What the inversion walked, least noisy first.
+        image: The image's number in the batch.
+        latents: Its latents sampled back, and its source's, of one shape.
+        pictures: The pictures of both.
+        encoded: The picture that the source was encoded from, if it is known.
+        tolerance: The residual that was asked for.
+    """
+    return RoundTrip(
+        latents=latent_decibels(*latents),
+        pixels=pixel_decibels(*pictures),
+        codec=None if encoded is None else pixel_decibels(pictures[1], encoded),
+        steps=[level.index for level in levels],
+        residuals=[float(level.residual[image]) for level in levels if level.residual is not None],
+        calls=sum(int(level.calls[image]) for level in levels),
+        tolerance=tolerance,
+    )
 
 
 def page(trip: RoundTrip) -> Image.Image:

@@ -12,7 +12,7 @@ from . import inversion, sampling
 from .embedded import Denoiser
 from .inversion import Level
 from .render import to_pictures
-from .roundtrip import RoundTrip, latent_decibels, pixel_decibels
+from .roundtrip import RoundTrip, measured
 from .schedule import Levels
 from .settings import Settings
 
@@ -70,13 +70,5 @@ def round_trip(model: Denoiser, walked: WalkBack, source: Tensor, plan: Levels, 
     """The picture sampled back by the sampler that was inverted, under the prompts it was inverted with."""
     start = plan.visited[-1]
     back = sampling.sample(model, walked.levels[-1].z, plan.schedule[start:], walked.sampler, (0,))
-    made, own = (to_pictures(latents)[0] for latents in (back, source))
-    return RoundTrip(
-        latents=latent_decibels(back[0], source[0]),
-        pixels=pixel_decibels(made, own),
-        codec=None,
-        steps=[level.index for level in walked.levels],
-        residuals=[float(level.residual[0]) for level in walked.levels if level.residual is not None],
-        calls=sum(int(level.calls[0]) for level in walked.levels),
-        tolerance=tolerance,
-    )
+    pictures = tuple(to_pictures(latents)[0] for latents in (back, source))
+    return measured(walked.levels, 0, (back[0], source[0]), pictures, None, tolerance)
