@@ -25,7 +25,8 @@ Half-precision models converge as far as their rounding lets them: the solver st
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
 their velocity). The solvers' own arithmetic is float64; that of ``exact`` is on the CPU, where each iteration's
-residual has to be looked at anyway, while ``reverse`` never waits for the device. The model sees float32, or the latent's dtype if that is wider.
+residual has to be looked at anyway, while ``reverse`` never waits for the device. The model sees float32, or
+the latent's dtype if that is wider.
 """
 
 from __future__ import annotations
@@ -52,7 +53,6 @@ EXACT = ("euler", "heun", "dpm_2", "dpmpp_2m")
 JOINT = ("dpmpp_2m",)
 """Those of EXACT whose levels are solved jointly."""
 
-
 KIN = {
     "euler_ancestral": "euler",
     "dpm_2_ancestral": "dpm_2",
@@ -62,6 +62,7 @@ KIN = {
     "dpmpp_3m_sde": "dpmpp_2m",
 }
 """Samplers that add noise, and the deterministic one that solves the same equation in the same way."""
+
 
 class Model(Protocol):
     """A guided denoiser: ``model(x, sigma, call, images) -> D(x; sigma)``.
