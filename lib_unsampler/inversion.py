@@ -198,7 +198,7 @@ class _Run:
     ) -> None:
         self._model = model
         self._like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        self._source = x.detach().cpu().double()
+        self._source = x.detach()
         self._levels = levels
         self._schedule = levels.schedule.double()
         self._function = function
@@ -214,15 +214,22 @@ class _Run:
         shown = None if denoised is None else denoised.to(self._like)
         self._visit(Level(index, float(self._schedule[index]), z.to(self._like), shown, **about))
 
+    def _hand_over_all(self, index: int, z: Tensor, denoised: Tensor | None, calls: Tensor, **about: Any) -> None:
+        """The level and those that repeat its sigma, which have its state at no call."""
+        for same in self._levels.visited:
+            if self._schedule[same] == self._schedule[index]:
+                self._hand_over(same, z, denoised, calls=calls, **about)
+                calls = torch.zeros_like(calls)
+
     def _scale(self, sigma: Tensor) -> Tensor:
         """Standard deviation of noisy latents at a level, for latents of deviation 1; flow: of their larger part."""
         return torch.maximum(signal_scale(sigma, self._prediction), sigma)
 
     def reverse(self) -> Tensor:
-        """The sampler's function over the ascending schedule, where the latents are: nothing here waits for the device."""
+        """The sampler's function over the ascending schedule, where the latents are: nothing waits for the device."""
         visited = self._rising()
         sigmas = self._schedule[visited]
-        source = self._source.to("cpu" if self._like.device.type == "mps" else self._like.device)  # which lacks float64
+        source = (self._source.cpu() if self._source.device.type == "mps" else self._source).double()  # mps has none
         mirrored = iter(self._mirrored(visited))
 
         def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -245,11 +252,8 @@ class _Run:
         return [i for i in visited if i + 1 > visited[0] or self._schedule[i] > self._schedule[i + 1]]
 
     def _reversed(self, index: int, z: Tensor, denoised: Tensor | None) -> None:
-        about = {"residual": None, "converged": torch.ones(len(z), dtype=torch.bool)}
-        for same in self._levels.visited:
-            if self._schedule[same] == self._schedule[index]:  # repeats of a level have its state, at no call
-                self._hand_over(same, z, denoised, calls=torch.full((len(z),), self._count), **about)
-                self._count = 0
+        calls, self._count = torch.full((len(z),), self._count), 0
+        self._hand_over_all(index, z, denoised, calls, residual=None, converged=torch.ones(len(z), dtype=torch.bool))
 
     def _mirrored(self, visited: list[int]) -> Iterator[int]:
         """The forward call of each model call of :meth:`reverse`: that at its sigma, or at its step's second stage."""
@@ -263,8 +267,8 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y, past = self._source, []
-        solver = Solver(self._source, tolerance, max_calls)
+        y, past = self._source.cpu().double(), []
+        solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
@@ -321,13 +325,10 @@ class _Run:
             return self._denoise(x, sigma, rising[place] - start, images)
 
         scales = [float(self._scale(sigma)) for sigma in sigmas[1:]]
-        made = Joint(self._function, denoise, self._source, sigmas, scales)
+        made = Joint(self._function, denoise, self._source.cpu().double(), sigmas, scales)
         made.solve(tolerance, max_calls)
         for place, index in enumerate(rising):
-            residual, calls = made.residual[place], made.calls[place]
-            for same in self._levels.visited:
-                if self._schedule[same] == self._schedule[index]:
-                    about = {"residual": residual, "calls": calls, "converged": residual <= tolerance}
-                    self._hand_over(same, made.x[place], made.d[place], **about)
-                    calls = torch.zeros_like(calls)
+            residual = made.residual[place]
+            about = {"residual": residual, "converged": residual <= tolerance}
+            self._hand_over_all(index, made.x[place], made.d[place], made.calls[place], **about)
         return made.x[-1].to(self._like)

@@ -303,6 +303,22 @@ def test_reverse_follows_the_probability_flow_ode_ever_closer(name: str, sampler
     assert errors[0] / errors[1] > 0.9 * 2 ** (1 if sampler == "euler" else 2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize(("solver", "sampler"), [*(("reverse", s) for s in CALLS), *(("exact", s) for s in EXACT)])
+def test_on_a_gpu_the_states_stay_there_and_are_those_of_the_cpu(solver: str, sampler: str) -> None:
+    x = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    plan = levels(kd.get_sigmas_karras(12, 0.0292, 14.6146))
+
+    def model(z: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        assert z.device == sigma.device
+        return 0.49 * z / (0.49 + sigma[:, None, None, None] ** 2)
+
+    here, there = (inverted(model, x.to(device), plan, solver, sampler) for device in ("cpu", "cuda"))
+    for one, other in zip(here, there):
+        assert other.z.is_cuda and other.z.dtype == torch.float32
+        torch.testing.assert_close(other.z.cpu(), one.z, rtol=1e-5, atol=1e-5 * one.sigma)
+
+
 def test_every_sampler_of_the_settings_is_served_mapped_or_refused() -> None:
     refused = set()
     for sampler in SAMPLERS:
