@@ -16,18 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, driven, host, render, saved, shelf
-from .animation import check_format
+from . import __version__, driven, host, refusals, render, saved, shelf
 from .driven import Batch, Plan
-from .filing import ENDINGS, Filing, Reply
-from .inversion import Level, kin, unconverged
+from .filing import Filing, Reply
+from .inversion import Level, unconverged
 from .noising import blend, walk
-from .replay import Recording, check_function
+from .replay import Recording
 from .roundtrip import measured
 from .schedule import levels
 from .settings import (
     INFOTEXT_PREFIX,
-    TITLE,
     VERSION_KEY,
     Settings,
     SettingsError,
@@ -35,7 +33,7 @@ from .settings import (
     surface_fields,
     to_infotext,
 )
-from .trajectory import Trajectory, TrajectoryError
+from .trajectory import Trajectory
 
 PATCHED = ("init", "sample", "save_samples")
 PICTURES = {"frames", "animation", "contact sheet"}
@@ -118,18 +116,13 @@ class Request:
         self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
         self.saved: Trajectory | None = None
 
-    @property
-    def samples(self) -> bool:
-        """Whether img2img's own sampling is wanted at all."""
-        return "init" in self.wanted
-
     def attach(self) -> None:
         """Puts this request's three wrappers on ``p``."""
         p = self.p
         p.batch_unsampler = self
         self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
         self._own_grid = p.do_not_save_grid
-        p.do_not_save_grid = p.do_not_save_grid or not self.samples
+        p.do_not_save_grid = p.do_not_save_grid or not self.settings.samples
         for name in PATCHED:
             _patch(p, name, getattr(self, f"on_{name}"))
         p.extra_generation_params[VERSION_KEY] = __version__
@@ -141,84 +134,19 @@ class Request:
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
         _unpatch(self.p, "init")
-        if "animation" in self.wanted:
-            self._check_format()
         name = self.p.sampler_name
         sampler = host.make_sampler(self.p)
-        refused = self._refusal(sampler) or self._misfit(sampler) or self._too_much()
-        if refused:
+        try:
+            self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
+        except ValueError as error:
             detach(self.p)
-            raise host.RefusedError(f"Batch Unsampler: {refused}")
+            raise host.RefusedError(f"Batch Unsampler: {error}") from None
         if not host.has_sigmas(sampler):
             host.comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
         if self.script is not None and self.wanted - {"init", "latents"}:
             host.comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
-
-    def _check_format(self) -> None:
-        try:
-            check_format(ENDINGS[self.settings.format])
-        except ValueError as error:
-            detach(self.p)
-            raise host.RefusedError(f"Batch Unsampler: format: {error}") from None
-
-    def _refusal(self, sampler: Any) -> str | None:
-        """Why this request cannot be done with its sampler, if it cannot."""
-        mode, driving = self.settings.mode, self.settings.mode != "noise"
-        if not host.has_sigmas(sampler):
-            if not self.samples and not driving:
-                return None
-            needs = "output: init" if self.samples else f"mode: {mode}"
-            return (
-                f"{needs} needs a sampler with a sigma schedule, and {self.p.sampler_name!r} has timesteps; "
-                "choose a k-diffusion sampler (Euler, DPM++, Heun, LMS, ...)"
-            )
-        refiner = host.refiner(self.p)
-        if driving and refiner is not None:
-            return f"refiner: {refiner!r} takes the model's place on the way; mode {mode} needs one model (None)"
-        try:
-            if mode == "invert":
-                kin(host.sampler_function(sampler), self.settings.solver)
-            elif mode == "replay":
-                check_function(sampler.func)
-        except ValueError as error:
-            return str(error)
-        return None
-
-    def _misfit(self, sampler: Any) -> str | None:
-        """Reads the latents file that is asked for; says why it does not fit this request, if it does not."""
-        name, p = self.settings.trajectory, self.p
-        if not name:
-            return None
-        try:
-            self.saved = shelf.read(host.output_folder(), name)
-        except TrajectoryError as error:
-            return f"trajectory: {error}"
-        if self.settings.mode == "replay" and self.saved.replay is None:
-            return f"trajectory: {name!r} holds no noises to replay; it was not made with mode replay"
-        images = len(p.init_images) if len(p.init_images) > 1 else p.batch_size
-        schedule = host.get_sigmas(p, sampler, host.img2img_steps(p)[0]) if self.samples else None
-        size = (p.height // 8, p.width // 8)
-        why = saved.refusal(self.saved, host.prediction_type(p.sd_model), images, size, schedule)
-        return why and f"trajectory: {name!r} does not fit: {why}"
-
-    def _too_much(self) -> str | None:
-        """Why this is more work than the WebUI's owner allows, if it is."""
-        p, settings = self.p, self.settings
-        if not self.wanted - {"init"} or self.saved is not None:
-            return None
-        total, start = self._steps()
-        asked = settings.end_at_step if settings.end_at_step >= 0 else start
-        frames = -(-max(1, total - asked) // settings.step_increment) + settings.include_clean
-        megapixels = frames * p.batch_size * p.n_iter * p.width * p.height / 1e6
-        if megapixels <= self.preferences.megapixels:
-            return None
-        return (
-            f"steps: {total} give {frames} frames of {p.batch_size * p.n_iter} x {p.width} x {p.height}, "
-            f"{megapixels:.0f} megapixels; at most {self.preferences.megapixels} are allowed (Settings, {TITLE}). "
-            "Take fewer steps or a larger step_increment"
-        )
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
@@ -228,7 +156,7 @@ class Request:
         self._recording: Recording | None = None
         own = p.sampler.sample_img2img
         if p.iteration == 0:
-            jobs = (self.settings.mode != "noise") + (self.samples and bool(self.wanted - {"init"}))
+            jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - {"init"}))
             host.add_jobs(jobs * p.n_iter)
 
         def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
@@ -250,23 +178,18 @@ class Request:
                 self._make(*self._batch)
         except Exception as error:
             self.error = error
-        if self.samples and self.error is None:
+        if self.settings.samples and self.error is None:
             return samples
         shape = (3, p.height, p.width)
         return host.Decoded(torch.zeros(shape) for _ in p.prompts)
 
-    def _steps(self) -> tuple[int, int]:
-        """(steps of the schedule, the index where it ends unless another is asked for)."""
-        return host.img2img_steps(self.p) if self.samples else (self.settings.steps or self.p.steps, 0)
-
     def plan(self) -> Plan:
         """The levels of the host's schedule, or of the latents file, that this request asks for."""
         p, settings = self.p, self.settings
-        total, start = self._steps()
+        total, end = refusals.asked_steps(p, settings)
         if self.saved is not None:
-            return saved.plan(self.saved, total, start if self.samples else None)
-        asked = settings.end_at_step if settings.end_at_step >= 0 else start
-        walked = levels(host.get_sigmas(p, p.sampler, total), asked, settings.step_increment)
+            return saved.plan(self.saved, total, end if self.settings.samples else None)
+        walked = levels(host.get_sigmas(p, p.sampler, total), end, settings.step_increment)
         prediction = host.prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == host.img2img_steps(p))
 
@@ -284,7 +207,7 @@ class Request:
             self._drive(batch, plan)
             if self._inverted is not None or self._recording is not None:
                 host.next_job()
-            if not self.samples or host.stopped():
+            if not self.settings.samples or host.stopped():
                 return x
             if not plan.own_start:
                 overrides = f"end at step {plan.start} overrides the denoising strength"
@@ -349,7 +272,7 @@ class Request:
         if not self.wanted - {"init"} and not self.settings.report:
             return
         begins_clean = shown and self.settings.include_clean
-        progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.samples, writes=True)
+        progress = host.Progress(len(plan.levels.kept) + begins_clean, own_job=self.settings.samples, writes=True)
         mask, last = getattr(self.p, "nmask", None), None
         seen = self._inverted.estimates if self._inverted is not None and self.settings.panel else None
 
@@ -363,7 +286,7 @@ class Request:
                     return
                 last, sigma, masked = z, plan.levels.schedule[index], blend(z, x, mask)
                 filing.level(index, masked)
-                if shown or (index == plan.start and not self.samples):
+                if shown or (index == plan.start and not self.settings.samples):
                     view = render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
                     yield index, view if seen is None else torch.cat([x, view, seen[index].to(x)])
                 else:
@@ -416,7 +339,7 @@ class Request:
             error = self.error
             detach(self.p)
             raise error
-        return self._save_samples(*args, **kwargs) and self.samples
+        return self._save_samples(*args, **kwargs) and self.settings.samples
 
     def hand_over(self, processed: Any) -> None:
         """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
@@ -426,8 +349,8 @@ class Request:
         """
         items = self.reply.every()
         if self.script is not None or not items:
-            items = [] if self.samples else self.reply.stand_ins
-        host.put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.samples)
+            items = [] if self.settings.samples else self.reply.stand_ins
+        host.put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
         folder = host.output_folder()
         processed.extra_generation_params = {

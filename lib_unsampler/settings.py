@@ -266,8 +266,8 @@ class Settings:
         "exact",
         "Solver of the inversion",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
-        "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run up "
-        "the schedule, a call or two a step.",
+        "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
+        "up the schedule, a call or two a step.",
         choices=("exact", "reverse"),
     )
     tolerance: float = option(
@@ -325,6 +325,11 @@ class Settings:
         "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
     )
+
+    @property
+    def samples(self) -> bool:
+        """Whether img2img's own sampling is wanted at all (WebUI)."""
+        return "init" in self.output
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from doubled import latents_of, reset_state
 from fastapi import HTTPException
 from PIL import Image
-from test_extension import host, latents_of, pixels, record_start, reset_state  # noqa: F401 (host is a fixture)
 
 INVERT = {"mode": "invert", "output": ["init"], "cfg": 7}
 
@@ -24,7 +24,7 @@ class Call(SimpleNamespace):
 
 
 @pytest.fixture
-def calls(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[Call]:  # noqa: F811
+def calls(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Every model call of the double's denoiser, in order."""
     from modules import extra_networks, prompt_parser, sd_samplers_cfg_denoiser
 
@@ -54,14 +54,14 @@ def split(calls: list[Call]) -> tuple[list[Call], list[Call]]:
 
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2"])
 @pytest.mark.parametrize("cfg", [1, 7])
-def test_an_exact_inversion_sampled_again_is_the_source(host: SimpleNamespace, sampler: str, cfg: float) -> None:  # noqa: F811
+def test_an_exact_inversion_sampled_again_is_the_source(host: SimpleNamespace, sampler: str, cfg: float) -> None:
     fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": cfg, "batch_size": 2}
     p, processed = host.run({**INVERT, "cfg": cfg}, **fields)
     assert decibels(p.latest_samples, p.init_latent) > 80
     assert len(processed.images) == 2
 
 
-def test_reverse_is_nearer_than_noise_and_less_near_than_exact(host: SimpleNamespace) -> None:  # noqa: F811
+def test_reverse_is_nearer_than_noise_and_less_near_than_exact(host: SimpleNamespace) -> None:
     settings = (INVERT, {**INVERT, "solver": "reverse"}, {"output": ["init"]})
     runs = [host.run(one, denoising_strength=1.0, steps=20)[0] for one in settings]
     exact, reverse, noise = (decibels(p.latest_samples, p.init_latent) for p in runs)
@@ -71,7 +71,7 @@ def test_reverse_is_nearer_than_noise_and_less_near_than_exact(host: SimpleNames
 @pytest.mark.parametrize("solver", ["exact", "reverse"])
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2"])
 def test_every_call_mirrors_the_forward_step_and_its_prompt(
-    host: SimpleNamespace, calls: list[Call], sampler: str, solver: str  # noqa: F811
+    host: SimpleNamespace, calls: list[Call], sampler: str, solver: str
 ) -> None:
     host.run({**INVERT, "solver": solver}, sampler_name=sampler, prompt="a [cat:dog:3]", denoising_strength=1.0)
     back, forward = split(calls)
@@ -80,7 +80,7 @@ def test_every_call_mirrors_the_forward_step_and_its_prompt(
     assert back and all(prompt_at[c.sigma, c.step] == c.prompts for c in back)
 
 
-def test_the_way_back_has_its_own_prompts_scale_and_networks(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_the_way_back_has_its_own_prompts_scale_and_networks(host: SimpleNamespace, calls: list[Call]) -> None:
     own = {**INVERT, "cfg": 1, "positive": "a dog <lora:pets:1>", "negative": "blur"}
     p, _ = host.run(own, prompt="a cat <lora:cats:1>", denoising_strength=1.0)
     back, forward = split(calls)
@@ -89,12 +89,12 @@ def test_the_way_back_has_its_own_prompts_scale_and_networks(host: SimpleNamespa
     assert p.cfg_scale == 7.0
 
 
-def test_a_space_is_an_empty_prompt(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_a_space_is_an_empty_prompt(host: SimpleNamespace, calls: list[Call]) -> None:
     host.run({**INVERT, "positive": " "}, denoising_strength=1.0)
     assert {c.prompts[0].strip() for c in split(calls)[0]} == {""}
 
 
-def test_the_mask_stays_out_of_the_way_back_and_in_the_sampling(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_the_mask_stays_out_of_the_way_back_and_in_the_sampling(host: SimpleNamespace, calls: list[Call]) -> None:
     nmask = torch.zeros(1, 1, 8, 8)
     nmask[..., :4] = 1
     p, _ = host.run(INVERT, nmask=nmask, mask=1 - nmask, denoising_strength=1.0)
@@ -104,7 +104,7 @@ def test_the_mask_stays_out_of_the_way_back_and_in_the_sampling(host: SimpleName
 
 
 def test_an_unchanged_request_does_not_invert_twice_and_any_change_does(
-    host: SimpleNamespace, calls: list[Call]  # noqa: F811
+    host: SimpleNamespace, calls: list[Call]
 ) -> None:
     def spent(settings: Any = INVERT, **fields: Any) -> int:
         calls.clear()
@@ -135,8 +135,10 @@ def test_an_unchanged_request_does_not_invert_twice_and_any_change_does(
     assert spent() == first
 
 
-@pytest.mark.parametrize(("sampler", "kin"), [("Euler a", "euler"), ("DPM++ 2S a", "dpmpp_2m"), ("DPM++ SDE", "dpmpp_2m")])
-def test_a_stochastic_sampler_is_mapped_with_a_message(host: SimpleNamespace, sampler: str, kin: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(
+    ("sampler", "kin"), [("Euler a", "euler"), ("DPM++ 2S a", "dpmpp_2m"), ("DPM++ SDE", "dpmpp_2m")]
+)
+def test_a_stochastic_sampler_is_mapped_with_a_message(host: SimpleNamespace, sampler: str, kin: str) -> None:
     p, processed = host.run({**INVERT, "solver": "reverse"}, sampler_name=sampler)
     assert any(f"as {kin}" in text for text in p.comments)
     assert any(f"as {kin}" in text for text in processed.extra_generation_params["Unsampler messages"])
@@ -152,14 +154,14 @@ def test_a_stochastic_sampler_is_mapped_with_a_message(host: SimpleNamespace, sa
     ],
 )
 def test_what_cannot_be_driven_is_refused_by_name(
-    host: SimpleNamespace, mode: str, fields: dict[str, Any], named: str  # noqa: F811
+    host: SimpleNamespace, mode: str, fields: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(HTTPException, match=named) as refused:
         host.run({"mode": mode, "output": ["frames"]}, **fields)
     assert refused.value.status_code == 422
 
 
-def test_frames_and_latents_show_what_the_model_walked(host: SimpleNamespace) -> None:  # noqa: F811
+def test_frames_and_latents_show_what_the_model_walked(host: SimpleNamespace) -> None:
     p, processed = host.run({**INVERT, "output": ["frames", "latents"]})
     saved = latents_of(processed)[0]
     kinds = [note["kind"] for note in processed.extra_generation_params["Unsampler images"]]
@@ -175,7 +177,7 @@ def test_frames_and_latents_show_what_the_model_walked(host: SimpleNamespace) ->
     assert decibels(again, saved.source) > 80
 
 
-def test_interrupt_leaves_what_was_reached_and_no_trace(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_interrupt_leaves_what_was_reached_and_no_trace(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, _ = host.run(sampler_name="Euler")
     reset_state(host.shared.state)
     p = host.make(({**INVERT, "output": ["frames", "init"]},))
@@ -198,14 +200,14 @@ def test_interrupt_leaves_what_was_reached_and_no_trace(host: SimpleNamespace, m
 
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2S a", "DPM++ SDE"])
 @pytest.mark.parametrize("cfg", [1, 7])
-def test_a_replay_is_the_source_at_any_scale(host: SimpleNamespace, sampler: str, cfg: float) -> None:  # noqa: F811
+def test_a_replay_is_the_source_at_any_scale(host: SimpleNamespace, sampler: str, cfg: float) -> None:
     settings = {"mode": "replay", "output": ["init"], "cfg": cfg}
     p, _ = host.run(settings, sampler_name=sampler, cfg_scale=cfg, denoising_strength=1.0, batch_size=2)
     assert decibels(p.latest_samples, p.init_latent) >= 180
 
 
 def test_a_masked_replay_by_a_sampler_that_looks_at_its_model(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forge's ancestral samplers ask ``model.inner_model`` for its prediction type."""
     from modules import sd_samplers
@@ -236,7 +238,7 @@ def test_a_masked_replay_by_a_sampler_that_looks_at_its_model(
     assert decibels(edit.latest_samples[..., :4], edit.init_latent[..., :4]) < 100
 
 
-def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: list[Call]) -> None:
     settings = {"mode": "replay", "output": ["init"], "cfg": 3, "positive": "a cat"}
     p, _ = host.run(settings, sampler_name="Euler a", cfg_scale=3, prompt="a dog", denoising_strength=1.0)
     assert 0 < decibels(p.latest_samples, p.init_latent) < 100
@@ -244,7 +246,7 @@ def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: 
     assert [c.prompts[0] for c in calls] == ["a cat"] * 8 + ["a dog"] * 8
 
 
-def test_nothing_of_a_replay_is_left(host: SimpleNamespace) -> None:  # noqa: F811
+def test_nothing_of_a_replay_is_left(host: SimpleNamespace) -> None:
     plain, _ = host.run(sampler_name="Euler a")
     host.run({"mode": "replay", "output": ["init", "frames"], "cfg": 7}, sampler_name="Euler a")
     again, _ = host.run(sampler_name="Euler a")
@@ -252,7 +254,7 @@ def test_nothing_of_a_replay_is_left(host: SimpleNamespace) -> None:  # noqa: F8
 
 
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ SDE"])
-def test_skip_keeps_more_and_the_source_stays_exact(host: SimpleNamespace, calls: list[Call], sampler: str) -> None:  # noqa: F811
+def test_skip_keeps_more_and_the_source_stays_exact(host: SimpleNamespace, calls: list[Call], sampler: str) -> None:
     def kept(skip: int, prompt: str) -> float:
         settings = {"mode": "replay", "output": ["init"], "cfg": 3, "positive": "a cat", "skip": skip}
         fields = {"sampler_name": sampler, "cfg_scale": 3, "denoising_strength": 1.0}
@@ -267,7 +269,7 @@ def test_skip_keeps_more_and_the_source_stays_exact(host: SimpleNamespace, calls
     assert plain[0] == (6 if sampler == "DPM++ SDE" else 3)  # where prompt editing is then
 
 
-def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, calls: list[Call]) -> None:
     host.run({**INVERT, "output": ["frames"], "step_increment": 4})
     without = len(calls)
     calls.clear()
@@ -277,7 +279,7 @@ def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, c
     assert sum(c.size for c in calls) == 2 * without + 2 * 2  # one batched call more for each of two kept levels
 
 
-def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: list[Call]) -> None:  # noqa: F811
+def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: list[Call]) -> None:
     p, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
     told = processed.extra_generation_params["Unsampler inversion"]
     assert len(told) == 2 and [level["step"] for level in told[0]] == [7, 6, 5, 4, 3, 2, 1, 0]
@@ -285,12 +287,12 @@ def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: l
     assert sum(sum(level["calls"]) for level in told[0]) == sum(c.size for c in calls)
 
 
-def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:  # noqa: F811
+def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:
     p, processed = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
     assert any("not converged" in text and "step" in text for text in p.comments)
 
 
-def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -> None:
     settings = {**INVERT, "output": ["frames"], "report": True}
     p, processed = host.run(settings, batch_size=2, steps=20)
     notes = processed.extra_generation_params["Unsampler images"]
@@ -306,7 +308,7 @@ def test_a_report_compares_the_way_back_with_the_source(host: SimpleNamespace) -
     assert told["latents dB"] < min(note["latents dB"] for note in reports)
 
 
-def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: SimpleNamespace) -> None:
     fields = {"sampler_name": "Euler a", "cfg_scale": 3, "denoising_strength": 1.0}
     p, processed = host.run({"mode": "replay", "output": ["latents"], "cfg": 3, "positive": "a cat"}, **fields)
     (name,) = processed.extra_generation_params["Unsampler latents names"]
@@ -319,7 +321,7 @@ def test_a_later_request_replays_one_picture_s_noises_under_a_batch(host: Simple
     assert kinds == ["frame"] * 27 and len(made.images) == 30
 
 
-def test_a_file_of_two_pictures_is_not_one_of_three(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_file_of_two_pictures_is_not_one_of_three(host: SimpleNamespace) -> None:
     _, processed = host.run({"output": ["latents"]}, batch_size=2)
     (name,) = processed.extra_generation_params["Unsampler latents names"]
     with pytest.raises(HTTPException, match="2 of 64 x 64, and a batch of this request is 3 of 64 x 64"):

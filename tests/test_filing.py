@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from doubled import latents_of, pixels
 from PIL import Image
-from test_extension import host, latents_of, pixels  # noqa: F401
 
 from lib_unsampler import render
 
@@ -32,7 +32,7 @@ def kinds(processed: Any) -> list[str]:
 @pytest.mark.parametrize("form", HEADS)
 @pytest.mark.parametrize("saved", [True, False])
 def test_each_format_is_a_file_on_the_page_and_base64_in_the_api(
-    host: SimpleNamespace, form: str, saved: bool  # noqa: F811
+    host: SimpleNamespace, form: str, saved: bool
 ) -> None:
     if form == "mp4":
         pytest.importorskip("av")
@@ -55,14 +55,14 @@ def test_each_format_is_a_file_on_the_page_and_base64_in_the_api(
         assert Image.open(io.BytesIO(data)).n_frames == 16
 
 
-def test_the_api_leaves_no_temporary_files(host: SimpleNamespace) -> None:  # noqa: F811
+def test_the_api_leaves_no_temporary_files(host: SimpleNamespace) -> None:
     host.run({"output": ["animation", "frames", "latents"]}, is_api=True, batch_size=2)
     folder = Path(host.shared.opts.temp_dir)
     assert list(folder.iterdir()) == []
 
 
 def test_what_a_host_cannot_write_is_refused_before_any_work(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(Exception, match="format: MP4 needs PyAV.*pip install av") as caught:
@@ -71,7 +71,7 @@ def test_what_a_host_cannot_write_is_refused_before_any_work(
     assert len(host.run({"format": "mp4", "output": ["frames"]})[1].images) == 9
 
 
-def test_a_frame_shown_for_longer_than_the_format_can_is_refused(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_frame_shown_for_longer_than_the_format_can_is_refused(host: SimpleNamespace) -> None:
     too_long = {"output": ["animation"], "duration": 60, "timing": "log sigma", "steps": 800, "step_increment": 799}
     _, processed = host.run(too_long)  # two noisy frames: 60 s each
     assert len(processed.images) == 1
@@ -84,7 +84,7 @@ def test_a_frame_shown_for_longer_than_the_format_can_is_refused(host: SimpleNam
     assert caught.value.status_code == 422
 
 
-def test_the_sigma_curve_comes_once_for_all_batches(host: SimpleNamespace) -> None:  # noqa: F811
+def test_the_sigma_curve_comes_once_for_all_batches(host: SimpleNamespace) -> None:
     _, processed = host.run({"output": ["sigma curve", "frames"], "step_increment": 3}, batch_size=2, n_iter=2)
     assert kinds(processed) == ["sigma curve"] + ["frame"] * 16
     schedule = torch.tensor([*sorted(processed.extra_generation_params["Unsampler sigmas"], reverse=True)])
@@ -93,7 +93,7 @@ def test_the_sigma_curve_comes_once_for_all_batches(host: SimpleNamespace) -> No
 
 
 @pytest.mark.parametrize("init", [False, True])
-def test_latents_alone_show_the_noisiest_frame(host: SimpleNamespace, init: bool) -> None:  # noqa: F811
+def test_latents_alone_show_the_noisiest_frame(host: SimpleNamespace, init: bool) -> None:
     alone = host.run({"output": ["frames"]})[1].images[-1]
     p, processed = host.run({"output": ["latents", "init"] if init else ["latents"]})
     assert len(processed.images) == len(processed.infotexts) == 1
@@ -107,7 +107,7 @@ def test_latents_alone_show_the_noisiest_frame(host: SimpleNamespace, init: bool
 @pytest.mark.parametrize("limit", [1, 4, 9, 17])
 @pytest.mark.parametrize("saved", [True, False])
 def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
-    host: SimpleNamespace, limit: int, saved: bool, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, limit: int, saved: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = dict(batch_size=2, n_iter=2, do_not_save_samples=not saved)
     every = host.run({"output": ["frames"]}, **fields)[1]
@@ -123,14 +123,14 @@ def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
 
 
 def test_all_levels_are_spread_over_the_limit(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host.shared.opts, "batch_unsampler_gallery_limit", 3, raising=False)
     _, processed = host.run({"output": ["frames"]})
     assert [n["step"] for n in notes(processed)] == [6, 3, 0]
 
 
-def test_a_saved_frame_stands_in_the_reply_as_its_file(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_saved_frame_stands_in_the_reply_as_its_file(host: SimpleNamespace) -> None:
     _, processed = host.run({"output": ["frames", "contact sheet"]})
     for item, text in zip(processed.images, processed.infotexts):
         assert item.info["parameters"] == text
@@ -139,7 +139,7 @@ def test_a_saved_frame_stands_in_the_reply_as_its_file(host: SimpleNamespace) ->
 
 
 def test_an_interrupt_before_any_noise_makes_nothing(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source alone is no progression: neither a file of it nor a picture."""
     state = host.shared.state
@@ -151,7 +151,7 @@ def test_an_interrupt_before_any_noise_makes_nothing(
 
 
 def test_an_interrupted_run_is_whole_as_far_as_it_came(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = host.shared.state
     host.shared.opts.save_incomplete_images = True
@@ -174,7 +174,7 @@ def test_an_interrupted_run_is_whole_as_far_as_it_came(
 
 
 def test_a_host_that_changes_what_it_saves_changes_nothing_else(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forge hides the parameters in an alpha channel, in place."""
     from modules import images
@@ -209,7 +209,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield counts
 
 
-def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) -> None:  # noqa: F811
+def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) -> None:
     host.shared.opts.live_previews_enable = False  # the double keeps every preview
     outputs = ["frames", "animation", "contact sheet", "latents"]
     _, processed = host.run({"output": outputs, "steps": 150, "noise": "independent"}, batch_size=2)
@@ -217,7 +217,7 @@ def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) ->
 
 
 def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lib_unsampler import host as adapter
 
@@ -238,7 +238,7 @@ def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
 
 
 def test_no_memory_for_a_single_frame_is_said(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -249,7 +249,7 @@ def test_no_memory_for_a_single_frame_is_said(
 
 
 def test_the_bar_says_when_files_are_written(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from modules import images
 

@@ -12,9 +12,9 @@ from typing import Any
 import gradio as gr
 import pytest
 import torch
+from doubled import latents_of, pixels
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
-from test_extension import host, latents_of, pixels  # noqa: F401  (the fixture)
 
 from lib_unsampler import routes, shelf, trajectory
 from lib_unsampler.settings import Preferences, SettingsError, parse_preferences, surface_fields
@@ -28,7 +28,7 @@ class AxisOption(SimpleNamespace):
 
 
 @pytest.fixture
-def plot(host: SimpleNamespace) -> SimpleNamespace:  # noqa: F811
+def plot(host: SimpleNamespace) -> SimpleNamespace:
     """The plot's module, after the host has called what the script registered, twice."""
     from modules import script_callbacks, scripts
 
@@ -59,7 +59,7 @@ def test_every_number_and_choice_has_one_axis(plot: SimpleNamespace) -> None:
     "args", [({"output": ["frames"]},), (True, ["frames"]), ({"output": ["frames"], "noise": "path"},)]
 )
 def test_an_axis_changes_its_cell_alone(
-    host: SimpleNamespace, plot: SimpleNamespace, args: tuple[Any, ...]  # noqa: F811
+    host: SimpleNamespace, plot: SimpleNamespace, args: tuple[Any, ...]
 ) -> None:
     request = host.make(args)
     direct = [host.run({"output": ["frames"], "noise": noise})[1] for noise in ("shared", "independent")]
@@ -73,7 +73,7 @@ def test_an_axis_changes_its_cell_alone(
     assert request.script_args[1:] == args
 
 
-def test_an_axis_is_checked_before_the_first_cell(host: SimpleNamespace, plot: SimpleNamespace) -> None:  # noqa: F811
+def test_an_axis_is_checked_before_the_first_cell(host: SimpleNamespace, plot: SimpleNamespace) -> None:
     request = host.make((True, ["frames"]))
     for f in surface_fields("host"):
         if type(f.default) is str and not f.metadata["choices"]:
@@ -87,13 +87,13 @@ def test_an_axis_is_checked_before_the_first_cell(host: SimpleNamespace, plot: S
         assert refused.value.status_code == 422 and f"{f.name}: 'rubbish' is not " in str(refused.value)
 
 
-def test_an_axis_of_an_unticked_script_is_refused(host: SimpleNamespace, plot: SimpleNamespace) -> None:  # noqa: F811
+def test_an_axis_of_an_unticked_script_is_refused(host: SimpleNamespace, plot: SimpleNamespace) -> None:
     for args in ((), (False, ["frames"]), ({"enabled": False},)):
         with pytest.raises(HTTPException, match="not ticked"):
             axis(plot, "noise").confirm(host.make(args), ["path"])
 
 
-def test_the_settings_tab_has_every_preference(host: SimpleNamespace) -> None:  # noqa: F811
+def test_the_settings_tab_has_every_preference(host: SimpleNamespace) -> None:
     from modules import script_callbacks
 
     for callback in script_callbacks.registered["ui_settings"]:
@@ -112,7 +112,7 @@ def test_a_preference_out_of_bounds_is_named() -> None:
     assert parse_preferences({"gallery_limit": 20.0}).gallery_limit == 20  # gradio's numbers are floats
 
 
-def test_the_frame_time_preference_is_the_default_and_no_more(host: SimpleNamespace) -> None:  # noqa: F811
+def test_the_frame_time_preference_is_the_default_and_no_more(host: SimpleNamespace) -> None:
     host.shared.opts.batch_unsampler_duration = 0.5
     with gr.Blocks():
         controls = dict(zip(["enabled", *(f.name for f in surface_fields("host"))], host.script.ui(True)))
@@ -128,14 +128,14 @@ def test_the_frame_time_preference_is_the_default_and_no_more(host: SimpleNamesp
     assert "Unsampler duration" not in processed.infotexts[0]
 
 
-def test_the_gallery_limit_is_the_owner_s(host: SimpleNamespace) -> None:  # noqa: F811
+def test_the_gallery_limit_is_the_owner_s(host: SimpleNamespace) -> None:
     host.shared.opts.batch_unsampler_gallery_limit = 3.0
     p, processed = host.run({"output": ["frames"]})
     assert len(processed.images) == 3 and len(list(host.out.glob("*-z0*.png"))) == 9
     assert p.comments == ["3 of 9 frames are shown, spread evenly; all are saved"]
 
 
-def test_too_much_work_is_refused_before_any(host: SimpleNamespace) -> None:  # noqa: F811
+def test_too_much_work_is_refused_before_any(host: SimpleNamespace) -> None:
     host.shared.opts.batch_unsampler_megapixels = 1
     with pytest.raises(HTTPException, match=r"steps: 300 give 301 frames of 1 x 64 x 64, 1 megapixels; at most 1 are"):
         host.run({"steps": 300})
@@ -146,7 +146,7 @@ def test_too_much_work_is_refused_before_any(host: SimpleNamespace) -> None:  # 
         host.run({"steps": 240}, batch_size=2)
 
 
-def test_animations_go_where_the_owner_says(host: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_animations_go_where_the_owner_says(host: SimpleNamespace, tmp_path: Path) -> None:
     host.shared.opts.batch_unsampler_animation_folder = str(tmp_path / "moving")
     _, processed = host.run({"output": ["animation", "frames"]})
     (file,) = (tmp_path / "moving").iterdir()
@@ -155,7 +155,7 @@ def test_animations_go_where_the_owner_says(host: SimpleNamespace, tmp_path: Pat
     assert shown.parent == Path(host.shared.opts.temp_dir) and shown.read_bytes() == file.read_bytes()
 
 
-def kept(host: SimpleNamespace, settings: dict[str, Any], **request: Any) -> str:  # noqa: F811
+def kept(host: SimpleNamespace, settings: dict[str, Any], **request: Any) -> str:
     """The name of a latents file that a run has left in the output folder."""
     _, processed = host.run({**settings, "output": ["latents", *settings.get("output", [])]}, **request)
     (name,) = processed.extra_generation_params["Unsampler latents names"]
@@ -165,7 +165,7 @@ def kept(host: SimpleNamespace, settings: dict[str, Any], **request: Any) -> str
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
 def test_init_from_a_file_is_the_init_that_made_it(
-    host: SimpleNamespace, noise: str, sampler: str  # noqa: F811
+    host: SimpleNamespace, noise: str, sampler: str
 ) -> None:
     made, _ = host.run({"output": ["init", "latents"], "noise": noise}, sampler_name=sampler)
     (file,) = host.out.glob("*.safetensors")
@@ -176,7 +176,7 @@ def test_init_from_a_file_is_the_init_that_made_it(
     assert "Unsampler trajectory: " + file.name in processed.infotexts[0]
 
 
-def test_frames_of_a_file_need_no_sampler_of_its_schedule(host: SimpleNamespace) -> None:  # noqa: F811
+def test_frames_of_a_file_need_no_sampler_of_its_schedule(host: SimpleNamespace) -> None:
     settings = {"step_increment": 3, "noise": "path"}
     _, direct = host.run({**settings, "output": ["frames", "latents"]}, batch_size=2)
     name = direct.extra_generation_params["Unsampler latents names"][0]
@@ -186,7 +186,7 @@ def test_frames_of_a_file_need_no_sampler_of_its_schedule(host: SimpleNamespace)
     assert notes[0] == notes[1]
 
 
-def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespace) -> None:
     made, _ = host.run({"output": ["init", "latents"], "noise": "path", "end_at_step": 1})
     (file,) = host.out.glob("*.safetensors")
     again, _ = host.run({"output": ["init"], "trajectory": file.name})
@@ -208,7 +208,7 @@ def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespa
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(
-    host: SimpleNamespace, settings: dict[str, Any], request_: dict[str, Any], said: str  # noqa: F811
+    host: SimpleNamespace, settings: dict[str, Any], request_: dict[str, Any], said: str
 ) -> None:
     name = kept(host, {})
     parameterization = request_.pop("parameterization", "eps")
@@ -221,7 +221,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name(
     assert refused.value.status_code == 422 and said in str(refused.value)
 
 
-def test_a_replay_from_its_file(host: SimpleNamespace) -> None:  # noqa: F811
+def test_a_replay_from_its_file(host: SimpleNamespace) -> None:
     made, _ = host.run({"output": ["init", "latents"], "mode": "replay"}, sampler_name="Euler a")
     (file,) = host.out.glob("*.safetensors")
     settings = {"output": ["init"], "mode": "replay", "trajectory": file.name}
@@ -230,7 +230,7 @@ def test_a_replay_from_its_file(host: SimpleNamespace) -> None:  # noqa: F811
 
 
 @pytest.fixture
-def outside(host: SimpleNamespace, tmp_path: Path) -> list[str]:  # noqa: F811
+def outside(host: SimpleNamespace, tmp_path: Path) -> list[str]:
     """Names that must not be served; beside them one good file is in the folder."""
     good = host.out / kept(host, {})
     secret = tmp_path / "secret.safetensors"
@@ -242,7 +242,7 @@ def outside(host: SimpleNamespace, tmp_path: Path) -> list[str]:  # noqa: F811
     return [*names, "no.safetensors", "sub/../../secret.safetensors", "\0.safetensors"]
 
 
-def test_nothing_but_our_files_in_the_folder_is_read(host: SimpleNamespace, outside: list[str]) -> None:  # noqa: F811
+def test_nothing_but_our_files_in_the_folder_is_read(host: SimpleNamespace, outside: list[str]) -> None:
     assert len(shelf.names(host.out)) == 1
     for name in outside:
         with pytest.raises(trajectory.TrajectoryError):
@@ -251,7 +251,7 @@ def test_nothing_but_our_files_in_the_folder_is_read(host: SimpleNamespace, outs
 
 @pytest.mark.parametrize("accounts", [{}, {"ann": "one", "bob": "two:2"}])
 def test_latents_over_the_api(
-    host: SimpleNamespace, outside: list[str], accounts: dict[str, str]  # noqa: F811
+    host: SimpleNamespace, outside: list[str], accounts: dict[str, str]
 ) -> None:
     app = FastAPI()
     routes.add(app, lambda: host.out, accounts)
@@ -269,7 +269,7 @@ def test_latents_over_the_api(
             assert client.get(path, auth=wrong).status_code == 401
 
 
-def test_an_upload_is_read_whole_before_it_is_kept(host: SimpleNamespace, tmp_path: Path) -> None:  # noqa: F811
+def test_an_upload_is_read_whole_before_it_is_kept(host: SimpleNamespace, tmp_path: Path) -> None:
     file = host.out / kept(host, {})
     elsewhere = tmp_path / "downloaded.safetensors"
     elsewhere.write_bytes(file.read_bytes())
