@@ -16,9 +16,10 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -73,17 +74,8 @@ def write_gif(file: BinaryIO, size: tuple[int, int], count: int, blobs: Blobs, t
 
 def apng_frame(frame: Image.Image) -> bytes:
     """One frame's filtered and deflated pixels, without loss."""
-    made = io.BytesIO()
-    frame.save(made, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # noise repeats nothing: a search is in vain
-    return b"".join(data for kind, data in _png_chunks(made.getvalue()) if kind == b"IDAT")
-
-
-def _png_chunks(png: bytes) -> Iterator[tuple[bytes, bytes]]:
-    at = 8
-    while at < len(png):
-        length, kind = struct.unpack_from(">I4s", png, at)
-        yield kind, png[at + 8 : at + 8 + length]
-        at += 12 + length
+    level, kind = 1, zlib.Z_RLE  # noise repeats nothing: a search is in vain
+    return frame.tobytes("zip", "RGB", False, level, kind, b"")
 
 
 def _png_chunk(file: BinaryIO, kind: bytes, data: bytes) -> None:
@@ -188,7 +180,7 @@ class Animation:
         self._format = FORMATS[path.suffix.lower()]
         _check_longest(path, timing, self._format)
         self._size: tuple[int, int] | None = None
-        self._spool = spool(path)
+        self._spool, self._spooling = spool(path), Lock()
         self._places: list[tuple[int, int]] = []
         self._count = 0
 
@@ -207,12 +199,15 @@ class Animation:
         check_frame(frame, self._size, self._format.side, self._count, self._timing)
         self._size = frame.size
         self._count += 1
-        self._background.submit(3 * frame.width * frame.height, self._keep, self._format.encode, frame)
+        self._background.submit(3 * frame.width * frame.height, self._places.append, self._keep, frame)
 
-    def _keep(self, blob: bytes) -> None:
-        with naming(self._path):
-            self._places.append((self._spool.tell(), len(blob)))
+    def _keep(self, frame: Image.Image) -> tuple[int, int]:
+        """Encodes a frame and spools it, in the background's thread; returns where it lies and its length."""
+        blob = self._format.encode(frame)
+        with self._spooling, naming(self._path):
+            start = self._spool.tell()
             self._spool.write(blob)
+        return start, len(blob)
 
     def finish(self) -> None:
         """Writes the file.
