@@ -153,7 +153,8 @@ def check(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[s
     except SettingsError as error:
         errors += error.errors
     if not targets:
-        errors.append("nothing to make: name at least one of -o, --frames, --sheet, --curve, --latents, --resample, --report")
+        ways = "-o, --frames, --sheet, --curve, --latents, --resample, --report"
+        errors.append(f"nothing to make: name at least one of {ways}")
     if "report" in targets and settings.get("mode") != "invert" and not inputs["resume"]:
         errors.append("report: needs mode invert")
     if inputs["resume"]:

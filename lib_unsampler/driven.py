@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import host, replay
@@ -171,7 +170,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
 
 
 class _Inpainting:
-    """The host's denoiser with the source outside the mask, as its samplers inpaint; in all else the denoiser itself."""
+    """The host's denoiser with the source outside the mask, as its samplers inpaint; otherwise the denoiser itself."""
 
     def __init__(self, model: Any, source: Tensor, mask: Tensor | None) -> None:
         self._model = model

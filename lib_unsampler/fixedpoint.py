@@ -1,4 +1,4 @@
-r"""Anderson-accelerated fixed-point iteration, for each image of a batch by itself, level after level (Walker & Ni 2011).
+r"""Anderson-accelerated fixed-point iteration (Walker & Ni 2011), level after level, each image of a batch by itself.
 
 Float64 on the CPU throughout. F maps a state to what the sampler's step misses; see :mod:`.inversion`.
 """

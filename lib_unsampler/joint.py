@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fixedpoint import CARRIED, PATIENCE, PROGRESS, Evaluate, Solver, column
+from .fixedpoint import CARRIED, PATIENCE, PROGRESS, Solver, column
 
 Denoise = Callable[[Tensor, Tensor, int, "Tensor | None"], Tensor]
 """``(x, sigma, place, images) -> D``, at the level of this place in the walk."""
@@ -122,7 +122,8 @@ class Joint:
             used.append(above)
             if place >= self._ends or sweep == 0:
                 solver = self._solvers[place]
-                solver.tolerance = max(tolerance / 3, FIRST_TOLERANCE * TIGHTER**sweep) if place >= self._ends else tolerance
+                loose = max(tolerance / 3, FIRST_TOLERANCE * TIGHTER**sweep)
+                solver.tolerance = loose if place >= self._ends else tolerance
                 solver.max_calls = max_calls - int(self.calls[place, images].max())
                 self._settle(place, step, above, y, images)
             y = self.x[place]

@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .embedded import Denoiser

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_live import CAT, URL, apart, ask, img2img, notes, opened, pixels
+from test_live import CAT, URL, apart, ask, img2img, notes, pixels
 from test_readme import README
 
 from lib_unsampler import trajectory

@@ -24,7 +24,7 @@ from lib_unsampler.settings import surface_fields
 
 URL = os.environ.get("WEBUI_URL", "")
 SCHEDULER = os.environ.get("WEBUI_SCHEDULER", "Automatic")
-"""``Simple`` for a flow model in Forge, whose ``Automatic`` ends at sigma 0 twice: black pictures, with or without us."""
+"""``Simple`` for a flow model in Forge, whose ``Automatic`` ends at sigma 0 twice: black pictures, also without us."""
 pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),

@@ -83,7 +83,8 @@ def quoted(value: str) -> str:
 @settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SHARED)
 @given(values=requests("host"))
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
-    texts = {name: values[name].replace("\r", "") for name in ("positive", "negative", "trajectory")}  # as a page has them
+    said = ("positive", "negative", "trajectory")
+    texts = {name: values[name].replace("\r", "") for name in said}  # as a page has them
     wanted = parse({**values, **texts}, "host")
     written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())

@@ -96,13 +96,14 @@ def measure(writer: str, name: str) -> dict[str, Any]:
     write, ending = WRITERS[writer]
     frames = film(name)
     with tempfile.TemporaryDirectory() as folder:
-        path, taken, before = Path(folder) / f"film{ending}", [], peak_memory()
+        path, taken, memory = Path(folder) / f"film{ending}", [], [peak_memory()]
         for _ in range(2):
             begun = time.perf_counter()
             write(path, frames)
             taken.append(time.perf_counter() - begun)
-            added = peak_memory() - before if len(taken) == 1 else added
+            memory.append(peak_memory())
         size, found = path.stat().st_size, distance(path, frames)
+    added = memory[1] - memory[0]
     return {"film": name, "writer": writer, "seconds": min(taken), "bytes": size, "dB": found, "memory": added}
 
 

@@ -1,9 +1,9 @@
 """Inversions side by side: what they find of a known noise, what comes back, and what a level costs in model calls.
 
 Known noise (the protocol of the mixture's anchors): x0 = s[0] times normal noise goes down a 20-step Karras
-schedule by Euler (ours of Heun and DPM++ 2M: by those) to the state at s[19]; the inversion starts from that state and its x
-at s[0] is compared with x0: RMSE, and the dB of the state that Euler brings back from it. Picture: the whole
-round trip of photographs that the model was not trained on, from sigma 0 and back to it, in dB.
+schedule by Euler (ours of Heun and DPM++ 2M: by those) to the state at s[19]; the inversion starts from that
+state and its x at s[0] is compared with x0: RMSE, and the dB of the state that Euler brings back from it. Picture:
+the whole round trip of photographs that the model was not trained on, from sigma 0 and back to it, in dB.
 dB is 20 log10(std(source) / RMSE); calls are the guided denoiser's for one image and level.
 """
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ SIZES = {128: (100, 1000, 10000), 512: (100, 1000)}
 ENDINGS = (".gif", ".png", ".webp", ".mp4")
 OVERLAPPED = {128: 1000, 512: 300}
 """Frames of the run whose overlap is measured: more of the small ones, whose run is soon over."""
+ROUNDS = 5
 
 
 def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
 
 
 def overlap(ending: str, side: int) -> float:
-    """Time of a run over the larger of decoding and encoding alone, where decoding takes as long as encoding."""
+    """Time of a run over the larger of decoding and encoding alone, where decoding takes as long; the median."""
     frames = levels_of_noise(OVERLAPPED[side], side)
 
     def decoded(wait: float) -> Iterator[Image.Image]:
@@ -66,10 +68,13 @@ def overlap(ending: str, side: int) -> float:
     def written(source: Iterator[Image.Image], path: Path) -> None:
         animation.write(path, source, Timing([0.1] * len(frames)))
 
-    encoding = min(seconds(written, 0) for _ in range(2))
-    wait = encoding / len(frames)
-    decoding = min(seconds(lambda source, _: deque(source, maxlen=0), wait) for _ in range(2))  # a sleep is never exact
-    return min(seconds(written, wait) for _ in range(2)) / max(encoding, decoding)
+    ratios = []
+    for _ in range(ROUNDS):  # side by side, since the machine's speed drifts
+        encoding = seconds(written, 0)
+        wait = encoding / len(frames)
+        decoding = seconds(lambda source, _: deque(source, maxlen=0), wait)  # a sleep is never exact
+        ratios.append(seconds(written, wait) / max(encoding, decoding))
+    return median(ratios)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -186,7 +186,8 @@ def process_images(p):
                 extra_networks.activate(p, p.extra_network_data)
             p.setup_conds()
             samples = p.sample(p.c, p.uc, p.seeds, p.subseeds, p.subseed_strength, p.prompts)
-            decoded = samples if getattr(samples, "already_decoded", False) else decode_latent_batch(p.sd_model, samples)
+            done = getattr(samples, "already_decoded", False)
+            decoded = samples if done else decode_latent_batch(p.sd_model, samples)
             p.latest_samples = samples
             shared.state.nextjob()
             save = p.save_samples()

@@ -1,4 +1,3 @@
-import torch
 
 from modules import extra_networks, prompt_parser, shared
 
