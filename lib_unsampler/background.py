@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from threading import Condition
 from typing import Any
 
 HELD = 2**26
@@ -21,8 +22,15 @@ def cores() -> int:
     return min(8, usable)
 
 
+class _Piece:
+    """Work that was asked for; its result, once it is there, waits for those before it."""
+
+    def __init__(self, size: int, then: Callable[[Any], None]) -> None:
+        self.size, self.then, self.ready, self.result = size, then, False, None
+
+
 class Background:
-    """Threads whose results are handed back in the order of asking, in the asking thread.
+    """Threads whose results are handed on in the order of asking, one at a time, by whichever thread is free.
 
     Asking for more than ``2 * workers`` pieces or ``HELD`` bytes at once waits for the oldest.
     """
@@ -30,8 +38,11 @@ class Background:
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers or cores()
         self._pool = ThreadPoolExecutor(self._workers, "unsampler")
-        self._waiting: deque[tuple[Future[Any], Callable[[Any], None], int]] = deque()
+        self._waiting: deque[_Piece] = deque()
         self._held = 0
+        self._handing_on = False
+        self._error: BaseException | None = None
+        self._changed = Condition()
 
     def __enter__(self) -> Background:
         return self
@@ -40,22 +51,55 @@ class Background:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, size: int, then: Callable[[Any], None], work: Callable[..., Any], *args: Any) -> None:
-        """Runs ``work(*args)``, which holds ``size`` bytes, and later ``then(result)`` in order.
+        """Runs ``work(*args)``, which holds ``size`` bytes, and later, in order, ``then(result)``.
 
         Raises:
-            Exception: whatever an earlier piece of work raised.
+            Exception: whatever an earlier piece of work raised; after that nothing is handed on.
         """
-        self._waiting.append((self._pool.submit(work, *args), then, size))
-        self._held += size
-        while len(self._waiting) > 2 * self._workers or (self._held > HELD and len(self._waiting) > 1):
-            self._collect()
+        piece = _Piece(size, then)
+        with self._changed:
+            self._waiting.append(piece)
+            self._held += size
+        self._pool.submit(self._run, piece, work, args)
+        self._wait(lambda: len(self._waiting) <= 2 * self._workers and (self._held <= HELD or len(self._waiting) == 1))
 
     def finish(self) -> None:
-        """Waits for everything that was asked for."""
-        while self._waiting:
-            self._collect()
+        """Waits for everything that was asked for; raises as :meth:`submit`."""
+        self._wait(lambda: not self._waiting)
 
-    def _collect(self) -> None:
-        future, then, size = self._waiting.popleft()
-        self._held -= size
-        then(future.result())
+    def _wait(self, enough: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or enough())
+            if self._error is not None:
+                raise self._error
+
+    def _run(self, piece: _Piece, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        try:
+            if self._error is None:
+                piece.result = work(*args)
+                self._hand_on(piece)
+        except BaseException as error:
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+
+    def _hand_on(self, done: _Piece) -> None:
+        """Hands on what is ready, unless another thread is at it and will find this piece too."""
+        with self._changed:
+            done.ready = True
+            if self._handing_on:
+                return
+            self._handing_on = True
+        while (piece := self._next()) is not None:
+            piece.then(piece.result)
+            with self._changed:
+                self._waiting.popleft()
+                self._held -= piece.size
+                self._changed.notify_all()
+
+    def _next(self) -> _Piece | None:
+        with self._changed:
+            if self._waiting and self._waiting[0].ready:
+                return self._waiting[0]
+            self._handing_on = False
+            return None

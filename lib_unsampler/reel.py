@@ -11,7 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import animation, render
+from . import render
+from .animation import Animation
 from .background import Background
 from .settings import Settings
 from .timing import TIMINGS, Timing
@@ -54,7 +55,7 @@ class Reel:
         self._files = ExitStack()
         self._animation = None
         if moving is not None:
-            made = animation.begin(moving, timing(settings, sigmas), text, background)
+            made = Animation(moving, timing(settings, sigmas), text, background)
             self._animation = self._files.enter_context(made)
         self._count = 0
         self._small: list[tuple[Image.Image, str]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 SHORTEST = 0.02
 """Browsers play frames of 0.01 seconds and below as if they had none, at 0.1."""
@@ -84,8 +84,14 @@ def log_sigma(sigmas: Sequence[float], duration: float) -> list[float]:
 TIMINGS = {"even": even, "log sigma": log_sigma}
 
 
-def ticks(durations: Sequence[float], per_second: int) -> list[int]:
-    """Durations as whole ticks, rounded so that the sum never drifts; none below ``SHORTEST``."""
-    ends = [round(end * per_second) for end in accumulate(durations)]
-    least = math.ceil(SHORTEST * per_second)
-    return [max(least, end - start) for start, end in zip([0, *ends], ends)]
+class Ticks:
+    """Durations as whole ticks, one after the other, rounded so that the sum never drifts; none below ``SHORTEST``."""
+
+    def __init__(self, per_second: int) -> None:
+        self._per_second, self._end, self._seconds = per_second, 0, 0.0
+
+    def next(self, seconds: float) -> int:
+        """The ticks of the next frame."""
+        self._seconds += seconds
+        begun, self._end = self._end, round(self._seconds * self._per_second)
+        return max(math.ceil(SHORTEST * self._per_second), self._end - begun)

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_unsampler import animation, video
-from lib_unsampler.animation import quantize, write, write_png
+from lib_unsampler import animation, containers, video
+from lib_unsampler.animation import Animation, write, write_png
+from lib_unsampler.background import Background
+from lib_unsampler.containers import quantize
 from lib_unsampler.files import whole
 from lib_unsampler.timing import Timing
 
@@ -197,6 +199,26 @@ def test_webp_chunks_are_whole_and_count_their_lengths(tmp_path: Path) -> None:
         kinds.append(kind)
         at += 8 + length + length % 2
     assert at == len(data) and kinds == [b"VP8X", b"ANIM"] + [b"ANMF"] * 4 + [b"EXIF"]
+
+
+def test_a_webp_that_grows_too_long_is_refused_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(containers, "LONGEST_WEBP", 30_000)
+    taken = []
+    with pytest.raises(ValueError, match=r"4 GiB at most, and \d+ frames are more"):
+        write(tmp_path / "a.webp", (taken.append(i) or noisy(i) for i in range(200)), Timing([0.1] * 200))
+    assert len(taken) < 50 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", STILL_ENDINGS)
+def test_frames_are_written_as_they_come_not_at_the_end(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{ending}"
+    with Background() as background, Animation(path, Timing([0.1] * 60), "", background) as made:
+        for i in range(60):
+            made.add(noisy(i, (160, 160)))
+        (part,) = tmp_path.iterdir()
+        before = part.stat().st_size
+        made.finish()
+        assert [p.name for p in tmp_path.iterdir()] == [path.name] and before > 0.7 * path.stat().st_size
 
 
 def test_apng_chunks_are_in_order_with_right_sums(tmp_path: Path) -> None:

@@ -10,32 +10,45 @@ import pytest
 from lib_unsampler.background import HELD, Background
 
 
-def test_results_come_in_order_in_the_asking_thread() -> None:
-    found: list[tuple[int, bool]] = []
-    main = threading.current_thread()
+def test_results_are_handed_on_in_order_and_one_at_a_time() -> None:
+    found: list[int] = []
+    alone = threading.Lock()
+
+    def then(i: int) -> None:
+        assert alone.acquire(blocking=False)
+        time.sleep(0.001)
+        found.append(i)
+        alone.release()
+
     with Background(3) as background:
         for i in range(40):
-            work = lambda i=i: (time.sleep(0.002 * (i % 3)), i)[1]  # noqa: E731
-            background.submit(1, lambda i: found.append((i, threading.current_thread() is main)), work)
+            background.submit(1, then, lambda i=i: (time.sleep(0.002 * (i % 3)), i)[1])
         background.finish()
-    assert found == [(i, True) for i in range(40)]
+        assert found == list(range(40))
 
 
 @pytest.mark.parametrize(("size", "most"), [(1, 4), (HELD // 2, 2), (HELD + 1, 1)])
 def test_only_so_much_waits(size: int, most: int) -> None:
-    asked, done, ahead = 0, 0, []
-
-    def then(_: object) -> None:
-        nonlocal done
-        done += 1
+    gate, asked = threading.Event(), []
 
     with Background(2) as background:
-        for _ in range(20):
-            asked += 1
-            background.submit(size, then, int)
-            ahead.append(asked - done)
+
+        def ask() -> None:
+            for i in range(20):
+                background.submit(size, lambda _: None, gate.wait)
+                asked.append(i)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        deadline = time.monotonic() + 10
+        while len(asked) < most and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(asked) == most
+        gate.set()
+        asking.join(10)
         background.finish()
-    assert max(ahead) == most and done == 20
+    assert len(asked) == 20
 
 
 def test_two_pieces_run_at_once() -> None:
@@ -54,3 +67,18 @@ def test_an_error_is_raised_and_the_rest_is_dropped() -> None:
             background.submit(1, lambda _: None, ran.append, i)
         background.finish()
     assert len(ran) < 9 and not [t for t in threading.enumerate() if t.name.startswith("unsampler")]
+
+
+def test_an_error_while_handing_on_is_raised_too() -> None:
+    found = []
+
+    def then(i: int) -> None:
+        found.append(i)
+        if i == 2:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Background(2) as background:
+        for i in range(9):
+            background.submit(1, then, lambda i=i: i)
+        background.finish()
+    assert found == [0, 1, 2]

@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_unsampler.timing import SHORTEST, Timing, even, log_sigma, ticks
+from lib_unsampler.timing import SHORTEST, Ticks, Timing, even, log_sigma
+
+
+def ticks(durations: list[float], per_second: int) -> list[int]:
+    made = Ticks(per_second)
+    return [made.next(seconds) for seconds in durations]
 
 
 @pytest.mark.parametrize("per_second", [100, 1000])

@@ -1,4 +1,3 @@
-
 from modules import extra_networks, prompt_parser, shared
 
 
