@@ -28,7 +28,7 @@ class Animation:
     """An animation that is being made; a context manager that forgets it at its end unless it was finished.
 
     Frames are encoded and written in the background, as they come. To show them backwards they are kept on
-    disk too, encoded.
+    disk too, as the format encodes them.
     """
 
     def __init__(self, path: Path, timing: Timing, text: str, background: Background) -> None:
@@ -64,12 +64,12 @@ class Animation:
     def __enter__(self) -> Animation:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        error = error or InterruptedError("not finished")  # has the half-written file removed
-        self._files.__exit__(type(error), error, None)
+    def __exit__(self, *_: object) -> None:
+        unfinished = InterruptedError("not finished")  # has the half-written file removed
+        self._files.__exit__(InterruptedError, unfinished, None)
 
     def add(self, frame: Image.Image) -> None:
-        """Takes the next frame, an RGB picture that nobody changes any more.
+        """Takes the next frame, an RGB picture that nobody changes any more (others may save it).
 
         Raises:
             ValueError: if its size is not the first one's or too large, or no time is left for it.
@@ -120,6 +120,7 @@ class Animation:
     def _show(self, blob: bytes, seconds: float) -> None:
         if self._container is None:
             self._container = self._format(self._part, self._size, self._text, self._timing.plays)
+            self._container.begin()
         self._container.add(blob, self._ticks.next(seconds))
 
     def _read(self, frame: int) -> bytes:

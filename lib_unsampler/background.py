@@ -58,9 +58,9 @@ class Background:
         """
         piece = _Piece(size, then)
         with self._changed:
+            self._pool.submit(self._run, piece, work, args)
             self._waiting.append(piece)
             self._held += size
-        self._pool.submit(self._run, piece, work, args)
         self._wait(lambda: len(self._waiting) <= 2 * self._workers and (self._held <= HELD or len(self._waiting) == 1))
 
     def finish(self) -> None:
@@ -99,7 +99,7 @@ class Background:
 
     def _next(self) -> _Piece | None:
         with self._changed:
-            if self._waiting and self._waiting[0].ready:
+            if self._error is None and self._waiting and self._waiting[0].ready:
                 return self._waiting[0]
             self._handing_on = False
             return None

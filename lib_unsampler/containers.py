@@ -16,7 +16,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import GifImagePlugin, Image, PngImagePlugin
@@ -43,7 +43,10 @@ class Container(Protocol):
     ticks: int
 
     def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        """Writes what comes before the frames: generation parameters, and how often it plays (0: for ever)."""
+        """Opens the file; ``text`` are the generation parameters, ``plays`` how often it plays (0: for ever)."""
+
+    def begin(self) -> None:
+        """Writes what comes before the frames."""
 
     @staticmethod
     def encode(frame: Image.Image) -> bytes:
@@ -78,11 +81,13 @@ class Gif:
     side, ticks_per_second, ticks = 2**16 - 1, 100, 2**16 - 1
 
     def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file = path.open("wb")
-        self._file.write(b"GIF89a" + struct.pack("<HHBBB", *size, 0x70, 0, 0))
-        if plays != 1:  # the extension counts the repeats after the first time
-            self._file.write(b"!\xff\x0bNETSCAPE2.0\x03\x01" + struct.pack("<H", max(0, plays - 1)) + b"\0")
-        comment = text.encode("utf-8")
+        self._file, self._size, self._text, self._plays = path.open("wb"), size, text, plays
+
+    def begin(self) -> None:
+        self._file.write(b"GIF89a" + struct.pack("<HHBBB", *self._size, 0x70, 0, 0))
+        if self._plays != 1:  # the extension counts the repeats after the first time
+            self._file.write(b"!\xff\x0bNETSCAPE2.0\x03\x01" + struct.pack("<H", max(0, self._plays - 1)) + b"\0")
+        comment = self._text.encode("utf-8")
         if comment:
             parts = (comment[i : i + 255] for i in range(0, len(comment), 255))
             self._file.write(b"!\xfe" + b"".join(bytes([len(part)]) + part for part in parts) + b"\0")
@@ -109,12 +114,14 @@ class Apng:
     side, ticks_per_second, ticks = 2**31 - 1, 1000, 10 * (2**16 - 1)
 
     def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file, self._size, self._plays, self._count = path.open("wb"), size, plays, 0
+        self._file, self._size, self._text, self._plays, self._count = path.open("wb"), size, text, plays, 0
+
+    def begin(self) -> None:
         self._file.write(b"\x89PNG\r\n\x1a\n")
-        self._chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+        self._chunk(b"IHDR", struct.pack(">IIBBBBB", *self._size, 8, 2, 0, 0, 0))
         self._control = self._file.tell()
         self._write_control()
-        for kind, data, *_ in parameters(text).chunks:
+        for kind, data, *_ in parameters(self._text).chunks:
             self._chunk(kind, data)
 
     @staticmethod
@@ -158,17 +165,19 @@ class WebP:
     side, ticks_per_second, ticks = 2**14 - 1, 1000, 2**24 - 1
 
     def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file, self._text, self._count = path.open("wb"), text, 0
+        self._file, self._text, self._plays, self._count = path.open("wb"), text, plays, 0
         self._sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
+
+    def begin(self) -> None:
         self._file.write(b"RIFF\0\0\0\0WEBP")
-        self._chunk(b"VP8X", bytes([0x02 | (0x08 if text else 0), 0, 0, 0]) + self._sides)
-        self._chunk(b"ANIM", b"\xff\xff\xff\xff" + struct.pack("<H", plays))
+        self._chunk(b"VP8X", bytes([0x02 | (0x08 if self._text else 0), 0, 0, 0]) + self._sides)
+        self._chunk(b"ANIM", b"\xff\xff\xff\xff" + struct.pack("<H", self._plays))
 
     @staticmethod
     def encode(frame: Image.Image) -> bytes:
         """The bitstream's chunk."""
         made = io.BytesIO()
-        frame.save(made, "WEBP", quality=WEBP_QUALITY)
+        frame.copy().save(made, "WEBP", quality=WEBP_QUALITY)  # saving changes a picture, which others may be saving
         webp, at = made.getvalue(), 12
         while webp[at : at + 4] not in (b"VP8 ", b"VP8L"):
             at += 8 + _even(struct.unpack_from("<I", webp, at + 4)[0])

@@ -25,8 +25,8 @@ Half-precision models converge as far as their rounding lets them: the solver st
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
 their velocity). The solvers' own arithmetic is float64; that of ``exact`` is on the CPU, where each iteration's
-residual has to be looked at anyway, while ``reverse`` never waits for the device. The model sees float32, or
-the latent's dtype if that is wider.
+residual has to be looked at anyway, while ``reverse`` waits for the device only where k-diffusion does. The model
+sees float32, or the latent's dtype if that is wider.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class _Run:
         return torch.maximum(signal_scale(sigma, self._prediction), sigma)
 
     def reverse(self) -> Tensor:
-        """The sampler's function over the ascending schedule, where the latents are: nothing waits for the device."""
+        """The sampler's function over the ascending schedule, where the latents are: none is looked at on the way."""
         visited = self._rising()
         sigmas = self._schedule[visited]
         source = (self._source.cpu() if self._source.device.type == "mps" else self._source).double()  # mps has none

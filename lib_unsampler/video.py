@@ -43,13 +43,15 @@ class Mp4:
     side, ticks_per_second, ticks = 16384, 1000, 2**31 - 1
 
     def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._av, self._size = load(), size
+        self._av, self._size, self._text = load(), size, text
         self._start, self._ticks = 0, dict[int, int]()
         self._file = self._av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-        if text:
-            self._file.metadata["comment"] = text
+
+    def begin(self) -> None:
+        if self._text:
+            self._file.metadata["comment"] = self._text
         self._stream = self._file.add_stream("libx264", rate=self.ticks_per_second, options=OPTIONS)
-        self._stream.width, self._stream.height = (side + side % 2 for side in size)
+        self._stream.width, self._stream.height = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.thread_count = cores()
         self._stream.codec_context.time_base = Fraction(1, self.ticks_per_second)

@@ -360,6 +360,48 @@ def test_a_name_that_cannot_be_is_refused_before_any_frame(name: str, ending: st
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
+def test_a_frame_that_is_written_may_be_saved_by_others_meanwhile(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow keeps a save's options in the picture: two at once mix them up."""
+    frame, save, saved = noisy(1), Image.Image.save, []
+
+    def watched(picture: Image.Image, *args: Any, **options: Any) -> None:
+        saved.append(picture)
+        save(picture, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", watched)
+    animation.FORMATS[ending].encode(frame)
+    assert not any(one is frame for one in saved)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="files of Linux")
+@pytest.mark.parametrize("ending", [".gif", ".apng"])
+def test_what_fails_at_the_head_leaves_no_open_file(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An open file cannot be removed on Windows."""
+    unlink, still = Path.unlink, []
+
+    def watched(path: Path, **options: bool) -> None:
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        still.extend(link for link in links if os.readlink(link) == str(path))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    with pytest.raises(UnicodeEncodeError):
+        write(tmp_path / f"a{ending}", [noisy(i) for i in range(9)], Timing([0.1] * 9), "\ud800")
+    assert still == [] and list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_others_keeps_its_name(tmp_path: Path) -> None:
+    def frames() -> Iterator[Image.Image]:
+        yield noisy(1)
+        Path("/nonexistent/source").open()
+
+    with pytest.raises(FileNotFoundError, match="/nonexistent/source"):
+        write(tmp_path / "a.gif", frames(), Timing([0.1] * 9))
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_a_name_may_be_as_long_as_the_system_allows(ending: str, tmp_path: Path) -> None:
     needs_codec(ending)
     path = tmp_path / ("x" * (255 - len(ending)) + ending)

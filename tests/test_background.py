@@ -82,3 +82,15 @@ def test_an_error_while_handing_on_is_raised_too() -> None:
             background.submit(1, then, lambda i=i: i)
         background.finish()
     assert found == [0, 1, 2]
+
+
+def test_after_an_error_nothing_is_handed_on() -> None:
+    gate, found = threading.Event(), []
+    with pytest.raises(ZeroDivisionError), Background(2) as background:
+        background.submit(1, found.append, gate.wait)
+        try:
+            background.submit(1, found.append, lambda: 1 / 0)
+            background.finish()
+        finally:
+            gate.set()
+    assert found == []
