@@ -75,13 +75,20 @@ def quantize(frame: Image.Image) -> Image.Image:
     return frame.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
-class Gif:
+class _File:
+    """What the three have in common: the open file, and what it is to hold."""
+
+    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
+        self._file, self._size, self._text, self._plays, self._count = path.open("wb"), size, text, plays, 0
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Gif(_File):
     """GIF89a: header, screen descriptor without a global palette, loop and comment extensions, frames."""
 
     side, ticks_per_second, ticks = 2**16 - 1, 100, 2**16 - 1
-
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file, self._size, self._text, self._plays = path.open("wb"), size, text, plays
 
     def begin(self) -> None:
         self._file.write(b"GIF89a" + struct.pack("<HHBBB", *self._size, 0x70, 0, 0))
@@ -104,17 +111,11 @@ class Gif:
     def finish(self) -> None:
         self._file.write(b";")
 
-    def close(self) -> None:
-        self._file.close()
 
-
-class Apng:
+class Apng(_File):
     """APNG 1.0: signature, header, animation control, text, then a control and a data chunk for each frame."""
 
     side, ticks_per_second, ticks = 2**31 - 1, 1000, 10 * (2**16 - 1)
-
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file, self._size, self._text, self._plays, self._count = path.open("wb"), size, text, plays, 0
 
     def begin(self) -> None:
         self._file.write(b"\x89PNG\r\n\x1a\n")
@@ -145,9 +146,6 @@ class Apng:
         self._file.seek(self._control)
         self._write_control()
 
-    def close(self) -> None:
-        self._file.close()
-
     def _write_control(self) -> None:
         """The number of frames is known at the end only."""
         self._chunk(b"acTL", struct.pack(">II", self._count, self._plays))
@@ -159,16 +157,13 @@ class Apng:
         self._file.writelines([struct.pack(">I", sum(map(len, data))), kind, *data, struct.pack(">I", crc)])
 
 
-class WebP:
+class WebP(_File):
     """WebP container specification: RIFF header, canvas, animation control, frames, Exif."""
 
     side, ticks_per_second, ticks = 2**14 - 1, 1000, 2**24 - 1
 
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._file, self._text, self._plays, self._count = path.open("wb"), text, plays, 0
-        self._sides = b"".join((side - 1).to_bytes(3, "little") for side in size)
-
     def begin(self) -> None:
+        self._sides = b"".join((side - 1).to_bytes(3, "little") for side in self._size)
         self._file.write(b"RIFF\0\0\0\0WEBP")
         self._chunk(b"VP8X", bytes([0x02 | (0x08 if self._text else 0), 0, 0, 0]) + self._sides)
         self._chunk(b"ANIM", b"\xff\xff\xff\xff" + struct.pack("<H", self._plays))
@@ -196,9 +191,6 @@ class WebP:
         length = self._file.tell() - 8
         self._file.seek(4)
         self._file.write(struct.pack("<I", length))
-
-    def close(self) -> None:
-        self._file.close()
 
     def _chunk(self, kind: bytes, data: bytes) -> None:
         self._file.writelines([kind, struct.pack("<I", len(data)), data, b"\0" * (len(data) % 2)])

@@ -188,7 +188,7 @@ class Request:
         p, settings = self.p, self.settings
         total, end = refusals.asked_steps(p, settings)
         if self.saved is not None:
-            return saved.plan(self.saved, total, end if self.settings.samples else None)
+            return saved.plan(self.saved, total, end if settings.samples else None)
         walked = levels(host.get_sigmas(p, p.sampler, total), end, settings.step_increment)
         prediction = host.prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == host.img2img_steps(p))
