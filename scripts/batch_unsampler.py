@@ -6,7 +6,9 @@ try:
     from modules import sd_samplers_kdiffusion  # noqa: F401
     from modules.ui_components import InputAccordion
 
-    from lib_unsampler import axes, extension, host, routes, settings, ui
+    from lib_unsampler import settings
+    from lib_unsampler.webui import axes, extension, routes, ui
+    from lib_unsampler.webui.host import page
 except ImportError as error:
     print(f"[Batch Unsampler] not active: this WebUI lacks k-diffusion samplers or its hooks ({error})")
 else:
@@ -21,7 +23,7 @@ else:
             return scripts.AlwaysVisible if is_img2img else False
 
         def ui(self, is_img2img):
-            controls = ui.build(InputAccordion, self.title(), host.field_defaults(), host.output_folder)
+            controls = ui.build(InputAccordion, self.title(), page.field_defaults(), page.output_folder)
             self.infotext_fields = ui.paste_fields(controls)
             return controls
 
@@ -32,6 +34,6 @@ else:
             extension.finish(p, processed)
 
     script_callbacks.on_before_ui(axes.register)
-    script_callbacks.on_ui_settings(lambda: host.add_preferences(ui.preference_components()))
-    if host.serves_api():
-        script_callbacks.on_app_started(lambda _, app: routes.add(app, host.output_folder, host.accounts()))
+    script_callbacks.on_ui_settings(lambda: page.add_preferences(ui.preference_components()))
+    if page.serves_api():
+        script_callbacks.on_app_started(lambda _, app: routes.add(app, page.output_folder, page.accounts()))

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from doubled import ROOT, host  # noqa: F401  (a fixture)
 from PIL import Image
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small tensors; threads only wait for one another on a busy machine
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_unsampler.embedded import make_model
-from lib_unsampler.replay import replay
-from lib_unsampler.sampling import kd
+from lib_unsampler.core.replay import replay
+from lib_unsampler.core.trajectory import Trajectory, load
 from lib_unsampler.settings import Settings, parse_args, pasted, surface_fields
-from lib_unsampler.trajectory import Trajectory, load
+from lib_unsampler.standalone.embedded import make_model
+from lib_unsampler.standalone.sampling import kd
 
 SAMPLES = Path(__file__).resolve().parent / "samples"
 

@@ -67,7 +67,7 @@ def test_every_file_the_readme_shows_is_there() -> None:
 
 
 def test_every_command_of_the_readme_parses() -> None:
-    from lib_unsampler.__main__ import make_parser
+    from lib_unsampler.standalone.cli import make_parser
 
     lines = re.findall(r"^python -m lib_unsampler (.*)$", README, re.M)
     assert len(lines) >= 5

@@ -6,7 +6,7 @@ import pkgutil
 import sys
 from importlib import import_module
 
-from ..__main__ import Parser, fail
+from ..standalone.cli import Parser, fail
 from . import __path__
 from ._report import as_json, as_text
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..noising import append_dims
+from ..core.noising import append_dims
 
 DEVIATION = 0.5
 SIDE = 32

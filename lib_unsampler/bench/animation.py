@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import animation, standalone
+from ..pictures import animation
+from ..pictures.timing import Timing
 from ..settings import Settings
-from ..timing import Timing
+from ..standalone import running
 from ._report import Report, peak_memory
 
 FRAMES, SIDE, SCALE = 24, 512, 8
@@ -37,7 +38,7 @@ def levels_of_noise(frames: int, side: int) -> list[Image.Image]:
     settings = Settings(steps=frames - 1)
     photograph = Image.open(PHOTOGRAPH).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     source = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None] / 127.5 - 1
-    steps = standalone.progression(source, standalone.plan_levels(settings), settings, None)
+    steps = running.progression(source, running.plan_levels(settings), settings, None)
     return [step.picture for step in steps]
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import sampling
-from ..embedded import Denoiser, MixturePrior, anchor_mixture, guided, make_model
-from ..inversion import invert
-from ..noising import append_dims
-from ..schedule import Levels
+from ..core.inversion import invert
+from ..core.noising import append_dims
+from ..core.schedule import Levels
+from ..standalone import sampling
+from ..standalone.embedded import Denoiser, MixturePrior, anchor_mixture, guided, make_model
 from ._pixels import SIDE, pixel_denoiser
 from ._report import Report
 

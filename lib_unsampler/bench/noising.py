@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noising import SeededDraws, runs_fused, unsample
-from ..philox import PhiloxDraws
-from ..schedule import Levels, levels
+from ..core.noising import SeededDraws, runs_fused, unsample
+from ..core.philox import PhiloxDraws
+from ..core.schedule import Levels, levels
 from ._report import Report, peak_memory
 
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128), "Flux": (16, 128, 128)}

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import sampling, standalone
-from ..embedded import Denoiser, guided, make_model
-from ..inversion import invert
-from ..noising import SeededDraws, unsample
-from ..replay import record, replay
-from ..schedule import levels
+from ..core.inversion import invert
+from ..core.noising import SeededDraws, unsample
+from ..core.replay import record, replay
+from ..core.schedule import levels
+from ..standalone import running, sampling
+from ..standalone.embedded import Denoiser, guided, make_model
 from ._report import Report
 
 PICTURE = Path(__file__).parents[1] / "assets/cat.jpg"
@@ -119,7 +119,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Every method on every model at every guidance scale."""
-    source = standalone.load_picture(PICTURE, SIZE)
+    source = running.load_picture(PICTURE, SIZE)
     sigmas = sampling.get_sigmas("karras", STEPS, "eps")
     cases = [(model, name) for model in MODELS for name in METHODS]
     records = [measure(name, model, scale, source, sigmas) for model, name in cases for scale in SCALES]

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .. import animation, standalone
+from ..pictures import animation
+from ..pictures.timing import Timing
 from ..settings import Settings
-from ..timing import Timing
+from ..standalone import running
 from ._report import Report, peak_memory
 from .animation import PHOTOGRAPH, levels_of_noise
 
@@ -42,9 +43,9 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
         picture = Path(folder) / "picture.png"
         Image.open(PHOTOGRAPH).convert("RGB").resize((side, side)).save(picture)
         settings = Settings(steps=frames - 1, noise="independent")
-        targets = standalone.Targets(Path(folder) / f"film{ending}", latents=Path(folder) / "film.safetensors")
+        targets = running.Targets(Path(folder) / f"film{ending}", latents=Path(folder) / "film.safetensors")
         begun = time.perf_counter()
-        standalone.unsample_picture(standalone.load_picture(picture, side), settings, targets, quiet=True)
+        running.unsample_picture(running.load_picture(picture, side), settings, targets, quiet=True)
         taken = time.perf_counter() - begun
         size = targets.animation.stat().st_size
     return {"ending": ending, "side": side, "frames": frames, "seconds": taken, "bytes": size, "memory": peak_memory()}

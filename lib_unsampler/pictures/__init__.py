@@ -1,0 +1,1 @@
+"""What people look at: frames, captions, timing, animations and their files, plots."""

@@ -1,0 +1,168 @@
+"""Writers: pictures and their times in, one whole file out. They never see the WebUI or a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Lock
+
+from PIL import Image, features
+
+from ..files import naming, spool, whole
+from . import video
+from .background import Background
+from .containers import Apng, Container, Gif, WebP, parameters
+from .timing import Ticks, Timing
+
+FORMATS: dict[str, type[Container]] = {
+    ".gif": Gif,
+    ".apng": Apng,
+    ".png": Apng,
+    ".webp": WebP,
+    ".mp4": video.Mp4,
+}
+
+
+class Animation:
+    """An animation that is being made; a context manager that forgets it at its end unless it was finished.
+
+    Frames are encoded and written in the background, as they come. To show them backwards they are kept on
+    disk too, as the format encodes them.
+    """
+
+    def __init__(self, path: Path, timing: Timing, text: str, background: Background) -> None:
+        """Begins the animation that the ending of ``path`` names.
+
+        Arguments:
+            path: Where it appears when whole.
+            timing: Times of all frames that may come, and their order.
+            text: The generation parameters.
+            background: Where frames are encoded.
+
+        Raises:
+            ValueError: if the format cannot be had or cannot hold it. OSError: if its folder cannot be written.
+        """
+        check_format(path.suffix.lower())
+        self._path, self._timing, self._text, self._background = path, timing, text, background
+        self._format = FORMATS[path.suffix.lower()]
+        _check_longest(path, timing, self._format)
+        self._size: tuple[int, int] | None = None
+        self._ticks = Ticks(self._format.ticks_per_second)
+        self._container: Container | None = None
+        self._pending: bytes | None = None
+        self._kept = timing.reverse or timing.ping_pong
+        self._places: list[tuple[int, int]] = []
+        self._count = 0
+        self._writing, self._closed = Lock(), False
+        with ExitStack() as files:
+            self._part = files.enter_context(whole(path))
+            self._spool = files.enter_context(spool(path)) if self._kept else None
+            files.callback(self._close)
+            self._files = files.pop_all()
+
+    def __enter__(self) -> Animation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        unfinished = InterruptedError("not finished")  # has the half-written file removed
+        self._files.__exit__(InterruptedError, unfinished, None)
+
+    def add(self, frame: Image.Image) -> None:
+        """Takes the next frame, an RGB picture that nobody changes any more (others may save it).
+
+        Raises:
+            ValueError: if its size is not the first one's or too large, or no time is left for it.
+            OSError: if what came before it cannot be written.
+        """
+        self._check(frame)
+        self._size = frame.size
+        self._count += 1
+        self._background.submit(3 * frame.width * frame.height, self._take, self._format.encode, frame)
+
+    def finish(self) -> None:
+        """Writes what is left and closes the file.
+
+        Raises:
+            ValueError: if no frame has come. OSError: if it cannot be written.
+        """
+        shown = self._timing.shown(self._count)
+        self._background.finish()
+        with naming(self._path):
+            for frame, seconds in shown if self._timing.reverse else shown[self._count - 1 :]:
+                self._show(self._read(frame) if self._kept else self._pending, seconds)
+            self._container.finish()
+            self._container.close()
+        self._files.close()
+
+    def _check(self, frame: Image.Image) -> None:
+        if self._count == len(self._timing.durations):
+            raise ValueError(f"more frames than the {self._count} durations")
+        if self._size is not None and frame.size != self._size:
+            raise ValueError(f"frame {self._count} is {frame.size}, the first was {self._size}")
+        if max(frame.size) > self._format.side:
+            raise ValueError(f"frame size {frame.size} is above the format's {self._format.side}")
+
+    def _take(self, blob: bytes) -> None:
+        """Writes the frame before, in the background: that it is not the last, which may be held, is only known now."""
+        number = len(self._places) - 1
+        with self._writing, naming(self._path):
+            if self._closed:
+                return
+            start = self._spool.tell() if self._kept else 0
+            if self._kept:
+                self._spool.write(blob)
+            if not self._timing.reverse and number >= 0:
+                self._show(self._pending, self._timing.seconds(number) + (0.0 if number else self._timing.hold_first))
+        self._places.append((start, len(blob)))
+        self._pending = blob
+
+    def _show(self, blob: bytes, seconds: float) -> None:
+        if self._container is None:
+            self._container = self._format(self._part, self._size, self._text, self._timing.plays)
+            self._container.begin()
+        self._container.add(blob, self._ticks.next(seconds))
+
+    def _read(self, frame: int) -> bytes:
+        start, length = self._places[frame]
+        self._spool.seek(start)
+        return self._spool.read(length)
+
+    def _close(self) -> None:
+        with self._writing:  # libav crashes where a file is closed while another thread still writes to it
+            self._closed = True
+            if self._container is not None:
+                with suppress(Exception):  # what went wrong before is being raised; a whole file is closed already
+                    self._container.close()
+
+
+def _check_longest(path: Path, timing: Timing, form: type[Container]) -> None:
+    longest = form.ticks / form.ticks_per_second
+    if timing.longest() > longest:
+        raise ValueError(f"{path}: a frame is shown {timing.longest():g} s, above the format's {longest:g} s")
+
+
+def check_format(ending: str) -> None:
+    """Refuses a format that cannot be written here.
+
+    Raises:
+        ValueError: saying what is missing.
+    """
+    if ending == ".webp" and not features.check("webp"):
+        raise ValueError("this Pillow was built without WebP")
+    if ending == ".mp4":
+        video.load()
+
+
+def write(path: Path, frames: Iterable[Image.Image], timing: Timing, text: str = "") -> None:
+    """Writes an animation, frame by frame."""
+    with Background() as background, Animation(path, timing, text, background) as animation:
+        for frame in frames:
+            animation.add(frame)
+        animation.finish()
+
+
+def write_png(path: Path, picture: Image.Image, text: str = "") -> None:
+    """Writes a PNG with its generation parameters."""
+    with whole(path) as part:
+        picture.save(part, "PNG", pnginfo=parameters(text))

@@ -1,0 +1,92 @@
+"""One image's frames, least noisy first, on their way into an animation and a contact sheet.
+
+The command line and the WebUI share it: nothing is held but thumbnails and what is being encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from PIL import Image
+
+from ..settings import Settings
+from . import render
+from .animation import Animation
+from .background import Background
+from .timing import TIMINGS, Timing
+
+
+def timing(settings: Settings, sigmas: Sequence[float]) -> Timing:
+    """How the frames of these levels are shown, as the settings say."""
+    durations = TIMINGS[settings.timing](sigmas, settings.duration)
+    holds = settings.hold_first, settings.hold_last
+    return Timing(durations, *holds, settings.reverse, settings.ping_pong, settings.loop)
+
+
+class Reel:
+    """Takes frames one by one; what was begun is forgotten on exit unless it was finished."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        sigmas: Sequence[float],
+        text: str,
+        background: Background,
+        moving: Path | None,
+        sheet: bool,
+    ) -> None:
+        """Begins.
+
+        Arguments:
+            settings: How the frames look and are timed.
+            sigmas: The noise level of every frame that may come, 0 for the source.
+            text: The generation parameters.
+            background: Where frames are encoded.
+            moving: Where the animation appears when whole; None for none.
+            sheet: Whether a contact sheet is wanted.
+
+        Raises:
+            ValueError: if the animation's format cannot be had or cannot hold it.
+            OSError: if its folder cannot be written.
+        """
+        self._settings, self._sigmas, self._sheet = settings, sigmas, sheet
+        self._files = ExitStack()
+        self._animation = None
+        if moving is not None:
+            made = Animation(moving, timing(settings, sigmas), text, background)
+            self._animation = self._files.enter_context(made)
+        self._count = 0
+        self._small: list[tuple[Image.Image, str]] = []
+
+    def __enter__(self) -> Reel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def add(self, picture: Image.Image, step: int | None, timestep: float | None) -> Image.Image:
+        """Takes the next frame, of schedule index ``step`` (None: the source); returns it as it is shown."""
+        sigma = self._sigmas[self._count]
+        if self._sheet and evenly(self._count, len(self._sigmas), render.SHEET_FRAMES):
+            self._small.append((render.thumbnail(picture), render.sigma_text(sigma)))
+        if self._settings.captions:
+            settings = self._settings
+            kind = settings.noise if settings.mode == "noise" else settings.mode
+            picture = render.captioned(picture, render.caption(step, sigma, timestep, kind))
+        if self._animation is not None:
+            self._animation.add(picture)
+        self._count += 1
+        return picture
+
+    def finish(self) -> Image.Image | None:
+        """Writes the animation; returns the contact sheet, if one is wanted."""
+        if self._animation is not None:
+            self._animation.finish()
+        return render.contact_sheet(*zip(*self._small)) if self._small else None
+
+
+def evenly(number: int, total: int, most: int) -> bool:
+    """Whether ``number`` of ``total`` is one of the ``most`` that are spread evenly over them, the last included."""
+    return total <= most or (number + 1) * most // total > number * most // total

@@ -1,0 +1,1 @@
+"""Without a WebUI: embedded models with exact answers, and the command line over them."""

@@ -1,0 +1,65 @@
+"""Axes for the WebUI's X/Y/Z plot: one for every field that is a number or a choice.
+
+The plot copies the request for each of its cells and applies the axes to the copy; its always-on
+scripts run again for each, so it is enough to change our arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..settings import TITLE, SettingsError, named, read, surface_fields
+from .host.page import xyz_plot
+from .host.request import RefusedError, arguments, set_arguments
+
+PREFIX = "[Unsampler] "
+
+
+def register() -> None:
+    """Adds the axes to the plot, once: a reload of the page must not double them."""
+    plot = xyz_plot()
+    if plot is None:
+        return
+    there = {option.label for option in plot.axis_options}
+    plot.axis_options += [axis for f in surface_fields("host") for axis in _axes(plot, f) if axis.label not in there]
+
+
+def _axes(plot: Any, f: Any) -> list[Any]:
+    """A field's axis; none for a field of free text, which says nothing on a grid."""
+    kind, choices = type(f.default), f.metadata["choices"]
+    if kind is bool:
+        choices = ("true", "false")
+    if kind is str and choices is None:
+        return []
+    return [
+        plot.AxisOptionImg2Img(
+            PREFIX + f.name.replace("_", " "),
+            kind if kind in (int, float) else str,
+            _apply(f),
+            confirm=_confirm(f),
+            choices=None if choices is None else lambda: list(choices),
+        )
+    ]
+
+
+def _apply(f: Any) -> Callable[[Any, Any, Sequence[Any]], None]:
+    def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
+        set_arguments(p, [{**named(arguments(p), "host"), f.name: value}])
+
+    return apply
+
+
+def _confirm(f: Any) -> Callable[[Any, Sequence[Any]], None]:
+    """Checks an axis before its first cell, since the plot shows a refused cell as an empty one."""
+
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        if named(arguments(p), "host")["enabled"] is False:
+            raise RefusedError(f"{PREFIX}{f.name}: {TITLE} is not ticked, so this axis would change nothing")
+        for value in values:
+            try:
+                read(f, value)
+            except SettingsError as error:
+                raise RefusedError(f"{PREFIX}{error}") from None
+
+    return confirm

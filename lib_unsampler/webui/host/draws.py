@@ -1,0 +1,69 @@
+"""Noise from generators built as the host builds its own, and the host's own left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from k_diffusion import sampling as k_sampling
+from modules import devices, rng
+from torch import Tensor
+
+from .request import attribute
+
+
+@contextmanager
+def untouched_generators() -> Iterator[None]:
+    """Leaves the global generators (torch's and the host's NV one) as they were found."""
+    devices_used = [devices.device.index or 0] if devices.device.type == "cuda" else []
+    had, nv = hasattr(rng, "nv_rng"), getattr(rng, "nv_rng", None)
+    with torch.random.fork_rng(devices=devices_used):
+        try:
+            yield
+        finally:
+            if had:
+                rng.nv_rng = nv
+            elif hasattr(rng, "nv_rng"):
+                del rng.nv_rng
+
+
+class HostDraws:
+    """The noise draws of one batch, from generators built as the host builds its own.
+
+    Draw 0 is img2img's own noise as the sampler receives it; the later ones continue the same
+    seeds' streams, with the request's noise multiplier. None of the sampler's draws is consumed.
+    """
+
+    def __init__(self, p: Any, first: Tensor) -> None:
+        """``first`` is the noise handed to the sampler, with shape (B, C, H, W)."""
+        self._first = first
+        self._scale = getattr(p, "initial_noise_multiplier", None)
+        self._rng = rng.ImageRNG(
+            tuple(first.shape[1:]),
+            p.seeds,
+            subseeds=p.subseeds,
+            subseed_strength=p.subseed_strength,
+            seed_resize_from_h=p.seed_resize_from_h,
+            seed_resize_from_w=p.seed_resize_from_w,
+        )
+        self._next = 0
+
+    def __call__(self, j: int) -> Tensor:
+        if j == 0:
+            return self._first
+        with untouched_generators():
+            while self._next <= j:
+                drawn = self._rng.next()
+                self._next += 1
+        if self._scale not in (None, 1.0):
+            drawn = drawn * self._scale
+        return drawn.to(self._first.device)
+
+
+@contextmanager
+def untouched_draws() -> Iterator[None]:
+    """Has k-diffusion's functions draw from no generator of the request's: some do so only to throw it away."""
+    with attribute(k_sampling, "torch", torch), untouched_generators():
+        yield

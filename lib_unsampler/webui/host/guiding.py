@@ -1,0 +1,166 @@
+"""The host's sampling from within: its sampler's function, its guided model, its prompts and networks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from k_diffusion import sampling as k_sampling
+from modules import devices, extra_networks
+from torch import Tensor
+
+from .request import attribute
+
+
+@contextmanager
+def starting_from(sampler: Any, z: Tensor) -> Iterator[None]:
+    """Has a k-diffusion sampler start from z, whatever start state the host computes."""
+    function = sampler.func
+
+    @functools.wraps(function)  # the host inspects its signature
+    def started(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return function(model, z.to(x), *args, **kwargs)
+
+    try:
+        sampler.func = started
+        yield
+    finally:
+        sampler.func = function
+
+
+def sampler_function(sampler: Any) -> str:
+    """The k-diffusion name of a sampler's function (``euler``, ``dpmpp_2m``, ...)."""
+    name = sampler.funcname if isinstance(sampler.funcname, str) else sampler.funcname.__name__
+    return name.removeprefix("sample_")
+
+
+class GuidedModel:
+    """The host's guided denoiser as :class:`~.inversion.Model`, for the images of one batch.
+
+    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's own.
+    """
+
+    def __init__(
+        self, denoiser: Any, extra_args: dict[str, Any], stride: int, called: Callable[[int], None]
+    ) -> None:
+        """
+        Arguments:
+            denoiser: The host's, as its sampler's function gets it.
+            extra_args: What the host gives with it at each call.
+            stride: How many calls the host counts where the inverted sampler makes one.
+            called: Told the number of calls after each.
+        """
+        self._denoiser = denoiser
+        self._extra_args = extra_args
+        self._stride = stride
+        self._called = called
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        args = self._extra_args if images is None else {k: _picked(v, images) for k, v in self._extra_args.items()}
+        self._denoiser.step = call * self._stride  # the host looks prompt editing and guidance minimum up by it
+        denoised = self._denoiser(x, sigma, **args)
+        self.calls += 1
+        self._called(self.calls)
+        return denoised
+
+
+def _picked(conds: Any, images: Tensor) -> Any:
+    """The conditions of some images of a batch: tensors, schedules for each image, or composed prompts."""
+    if isinstance(conds, Tensor):
+        return conds[images.to(conds.device)]
+    if isinstance(conds, list):
+        return [conds[i] for i in images.tolist()]
+    if hasattr(conds, "batch"):
+        picked = copy.copy(conds)
+        picked.batch = _picked(conds.batch, images)
+        picked.shape = (len(picked.batch), *tuple(conds.shape)[1:])
+        return picked
+    return conds
+
+
+def k_diffusion_function(name: str) -> Callable[..., Tensor]:
+    """The host's own k-diffusion sampler of a name."""
+    return getattr(k_sampling, f"sample_{name}")
+
+
+def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Runs ``body(function, model, x, sigmas=, extra_args=, ...)`` where the host would run its sampler's function.
+
+    So the host loads the model, builds the guided denoiser and takes Interrupt and Skip as it does
+    for its own sampling: what the body has not finished then, stays so. Inpainting is left out of the
+    denoiser, or the host would blend the clean source in at sigma 14.
+
+    Arguments:
+        body: Called once: the sampler's k-diffusion function, and the arguments the host calls it with.
+        own: The sampler's own ``sample_img2img``, called with ``p``, the other arguments and keywords.
+
+    Returns:
+        What the body returned, or the host's last latent if it was interrupted.
+    """
+    sampler = p.sampler
+    function = sampler.func
+    raised: list[Exception] = []
+
+    @functools.wraps(function)  # the host inspects its signature
+    def run(model: Any, x: Tensor, **options: Any) -> Tensor:
+        with attribute(sampler, "func", function), attribute(model, "mask", None):
+            try:
+                return body(function, model, x, **options)
+            except Exception as error:  # raised again when the host has cleaned up
+                raised.append(error)
+                return x
+
+    with attribute(sampler, "func", run):
+        out = own(p, *args, **kwargs)
+    if raised:
+        raise raised[0]
+    return out
+
+
+@contextmanager
+def prompted(
+    p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any]
+) -> Iterator[tuple[Any, Any]]:
+    """The conditions under other prompts, built as the host builds them, and its networks switched.
+
+    Arguments:
+        positive: Prompt for every image; empty is the request's own.
+        negative: Negative prompt for every image; empty is the request's own.
+        cfg: The guidance scale they are for; the request has it within.
+        conds: The request's own (positive, negative) conditions.
+    """
+    with attribute(p, "cfg_scale", cfg):
+        if not positive and not negative and (cfg == 1 or conds[1] is not None):
+            yield conds
+            return
+        other = copy.copy(p)
+        other.prompts = [positive] * len(p.prompts) if positive else p.prompts
+        other.negative_prompts = [negative] * len(p.prompts) if negative else p.negative_prompts
+        if positive:
+            other.parse_extra_network_prompts()
+        with _networks(p, other.extra_network_data):
+            other.setup_conds()
+            yield other.c, other.uc
+
+
+@contextmanager
+def _networks(p: Any, data: Any) -> Iterator[None]:
+    """Other extra networks (LoRA, ...) than the request's, for a while."""
+    if p.disable_extra_networks or data == p.extra_network_data:
+        yield
+        return
+    forge = getattr(p.sd_model, "forge_objects", None)
+    patched = None if forge is None else forge.shallow_copy()
+    try:
+        with devices.autocast():
+            extra_networks.activate(p, data)
+        yield
+    finally:
+        with devices.autocast():
+            extra_networks.activate(p, p.extra_network_data)
+        if patched is not None:  # what other extensions had hung on the model for this batch
+            p.sd_model.forge_objects = patched

@@ -1,0 +1,131 @@
+"""Files under the host's names, and the results that it hands to the page and the API."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modules import images, processing, shared
+from PIL import Image
+
+from ...files import whole
+from .page import preferences
+from .request import attribute, comment
+
+
+def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
+    """The generation parameters of image ``index`` of the present batch, with more keys."""
+    with attribute(p, "extra_generation_params", {**p.extra_generation_params, **extra}):
+        return processing.create_infotext(
+            p, p.prompts, p.seeds, p.subseeds, index=index, all_negative_prompts=p.negative_prompts
+        )
+
+
+def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> tuple[Path, ...]:
+    """Saves a picture where and as the host saves its images; returns the file, and its text file if there is one."""
+    with attribute(p, "batch_index", index):  # file name patterns read it
+        written = images.save_image(
+            *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
+            info=text,
+            p=p,
+            suffix=suffix,
+        )
+    return tuple(Path(name) for name in written if name)
+
+
+def save_file(
+    p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str, folder: str = ""
+) -> Path:
+    """Moves a finished file to the name the host would give an image, with its own ending.
+
+    It goes into ``folder``, or where the request's pictures go.
+
+    The host names files only while it saves them, so it saves a picture first, whose name is then
+    taken over.
+    """
+    with attribute(p, "batch_index", index):
+        name, _ = images.save_image(
+            *(picture, folder or p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"),
+            info=text,
+            p=p,
+            suffix=suffix,
+        )
+    placeholder = Path(name)
+    final = placeholder.with_suffix(made.suffix)
+    if final != placeholder and shared.opts.save_images_replace_action != "Replace":
+        final = _free(final)
+    with whole(final) as part:
+        shutil.copyfile(made, part)
+    if final != placeholder:
+        placeholder.unlink(missing_ok=True)
+    made.unlink(missing_ok=True)
+    return final
+
+
+def saved_item(file: Path, text: str) -> Image.Image:
+    """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for."""
+    picture = Image.open(file)
+    picture.info["parameters"] = text
+    picture.already_saved_as = str(file)
+    return picture
+
+
+def _free(path: Path) -> Path:
+    """A path at which there is no file yet, numbered as the host numbers its own."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def temporary_file(ending: str) -> Path:
+    """A file the WebUI's page may show though nothing is saved; the host cleans its folder up."""
+    folder = shared.opts.temp_dir or os.path.join(tempfile.gettempdir(), "gradio")
+    os.makedirs(folder, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=ending, dir=folder)
+    os.close(handle)
+    return Path(name)
+
+
+def kept_file(file: Path) -> Path:
+    """A copy of a temporary file that outlives the request, for the page to show; the host cleans it up."""
+    kept = temporary_file(file.suffix)
+    os.replace(file, kept)
+    return kept
+
+
+def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str) -> Any:
+    """What stands for an animation in the results: base64 in the API, the moving file on the page.
+
+    The page's gallery plays no MP4: it shows the poster, and a remark names the file.
+    """
+    if getattr(p, "is_api", False):
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+        if not saved:
+            file.unlink()
+        return data
+    picture = poster.copy()
+    picture.info["parameters"] = text
+    if saved and preferences().animation_folder:
+        shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders
+        file = kept
+    if file.suffix == ".mp4":
+        comment(p, f"animation {'saved' if saved else 'for now'}: {file.absolute()}")
+    else:
+        picture.already_saved_as = str(file)
+    return picture
+
+
+def put_first(processed: Any, items: Sequence[Any], texts: Sequence[str], keep_own: bool) -> None:
+    """Puts results before the host's own images, or in their place."""
+    own = (list(processed.images), list(processed.infotexts)) if keep_own else ([], [])
+    processed.images = [*items, *own[0]]
+    processed.infotexts = [*texts, *own[1]]
+    if items or not keep_own:
+        processed.index_of_first_image = 0

@@ -1,0 +1,202 @@
+"""A running WebUI, named by ``WEBUI_URL``, driven by what its users drive it with: webuiapi from PyPI, the X/Y/Z
+plot, the README's examples, the latents route, the progress bar.
+
+Run with ``-m live``.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_live import CAT, URL, apart, ask, img2img, notes, pixels
+from test_readme import README
+
+from lib_unsampler.core import trajectory
+from lib_unsampler.settings import surface_fields
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+
+
+@pytest.fixture
+def client() -> Any:
+    """A client that knows nothing of the extension."""
+    webuiapi = pytest.importorskip("webuiapi")
+    return webuiapi.WebUIApi(baseurl=f"{URL}/sdapi/v1", sampler="Euler", scheduler="Automatic", steps=6)
+
+
+def asked(client: Any, settings: dict[str, Any], **request: Any) -> Any:
+    """One img2img of webuiapi with an all-white mask of seeded latent noise, so that it is repeatable."""
+    size = (128, 128)
+    picture = Image.open(CAT).convert("RGB").resize(size)
+    return client.img2img(
+        images=[picture],
+        mask_image=Image.new("RGB", size, "white"),
+        **{"inpainting_fill": 2, "inpaint_full_res": False, "mask_blur": 0},
+        **{"prompt": "a cat", "seed": 5, "cfg_scale": 3, "width": 128, "height": 128, "denoising_strength": 0.7},
+        alwayson_scripts={"Batch Unsampler": {"args": [settings]}} if settings else {},
+        **request,
+    )
+
+
+def test_webuiapi_gets_frames_and_the_animation(client: Any) -> None:
+    result = asked(client, {"output": ["frames", "animation"], "format": "webp", "step_increment": 2})
+    told = result.info["extra_generation_params"]["Unsampler images"]
+    assert [note["kind"] for note in told] == ["animation"] + ["frame"] * 4
+    assert (result.images[0].format, result.images[0].n_frames) == ("WEBP", 4)
+    assert [image.size for image in result.images[1:]] == [(128, 128)] * 4
+    assert len({image.tobytes() for image in result.images[1:]}) == 4
+    assert "Unsampler step increment: 2" in result.info["infotexts"][1]
+
+
+def test_webuiapi_gets_init(client: Any) -> None:
+    plain = asked(client, {}).image.tobytes()
+    assert asked(client, {"output": ["init"]}).image.tobytes() == plain
+    assert asked(client, {"output": ["init"], "noise": "independent", "normalize": True}).image.tobytes() != plain
+
+
+def test_webuiapi_is_told_what_is_wrong(client: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"422.*pink.* is not one of shared, independent, path"):
+        asked(client, {"noise": "pink"})
+
+
+def served(path: str) -> bytes:
+    return urllib.request.urlopen(URL + path, timeout=60).read()
+
+
+def test_a_latents_file_is_had_over_the_api_and_init_goes_on_from_it(tmp_path: Path) -> None:
+    made = img2img({"output": ["latents", "init"], "noise": "path"})
+    (name,) = made["params"]["Unsampler latents names"]
+    assert name in ask("/unsampler/v1/latents")
+    file = tmp_path / "latents.safetensors"
+    file.write_bytes(served(f"/unsampler/v1/latents/{name}"))
+    saved = trajectory.load(file)
+    assert saved.sigmas.tolist() == made["params"]["Unsampler sigmas"]
+    again = img2img({"output": ["init"], "trajectory": name})
+    assert apart(pixels(again)[0], pixels(made)[0]) <= 1
+    told = img2img({"output": ["frames"], "trajectory": name}, steps=20)
+    assert [note["sigma"] for note in notes(told)[1:]] == made["params"]["Unsampler sigmas"]
+    for refused in (
+        img2img({"output": ["init"], "trajectory": name}, steps=9),
+        img2img({"output": ["init"], "trajectory": name}, width=192),
+        img2img({"output": ["init"], "trajectory": "../" + name}),
+    ):
+        assert refused["status"] == 422 and "trajectory: " in refused["detail"]
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fconfig.json", "%2fetc%2fpasswd", "no.safetensors"])
+def test_nothing_else_is_had_over_the_api(name: str) -> None:
+    assert ask(f"/unsampler/v1/latents/{name}")["status"] == 404
+
+
+def test_parameters_of_a_picture_are_a_request() -> None:
+    settings = {
+        **{"output": ["frames", "contact sheet"], "noise": "path", "step_increment": 2, "end_at_step": 1},
+        **{"positive": " a \"cat\", 512x512\n(sea:1.2)", "negative": '["x"]', "duration": 0.25, "include_clean": False},
+    }
+    first = img2img(settings)
+    again = img2img(infotext=first["infotexts"][1])
+    assert again["params"]["Unsampler settings"] == first["params"]["Unsampler settings"]
+    assert pixels(again) == pixels(first)
+    over = img2img({"output": ["frames"]}, infotext=first["infotexts"][1])
+    assert over["params"]["Unsampler settings"]["noise"] == "shared"  # what the request itself says, holds
+    assert not any(key.startswith("Unsampler") for key in img2img()["params"])
+
+
+def plot_axes() -> list[str]:
+    (plot,) = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "x/y/z plot" and s["is_img2img"]]
+    return [c if isinstance(c, str) else c[0] for c in plot["args"][0]["choices"]]
+
+
+def plotted(axes: list[tuple[str, str]], settings: Any, **request: Any) -> dict[str, Any]:
+    known, args = plot_axes(), []
+    for name, values in [*axes, ("Nothing", ""), ("Nothing", "")][:3]:
+        args += [known.index(name), values, []]
+    args += [False, True, False, False, False, False, False, 0, True]
+    return img2img(settings, script_name="x/y/z plot", script_args=args, **request)
+
+
+def test_the_plot_has_every_axis_once() -> None:
+    numbers_and_choices = [f for f in surface_fields("host") if type(f.default) is not str or f.metadata["choices"]]
+    ours = [name for name in plot_axes() if name.startswith("[Unsampler] ")]
+    assert ours == ["[Unsampler] " + f.name.replace("_", " ") for f in numbers_and_choices]
+
+
+def test_the_plot_varies_two_fields() -> None:
+    axes = [("[Unsampler] noise", "shared, path"), ("[Unsampler] end at step", "0, 3")]
+    reply = plotted(axes, {"output": ["frames"]})
+    cells = list(itertools.product((0, 3), ("shared", "path")))
+    assert len(reply["images"]) == 1 + len(cells)
+    for (end, noise), cell, text in zip(cells, pixels(reply)[1:], reply["infotexts"][1:]):
+        alone = img2img({"output": ["frames"], "noise": noise, "end_at_step": end})
+        assert cell == pixels(alone)[-1]
+        assert ("Unsampler noise: path" in text) == (noise == "path") and f"Unsampler end at step: {end}" in text
+
+
+def test_the_plot_says_what_is_wrong_before_it_begins() -> None:
+    reply = plotted([("[Unsampler] noise", "shared, pink")], {"output": ["frames"]})
+    assert reply["status"] == 422 and "noise: 'pink' is not one of" in reply["detail"]
+    assert "not ticked" in plotted([("[Unsampler] noise", "shared, path")], None)["detail"]
+
+
+def followed(settings: dict[str, Any], **request: Any) -> list[dict[str, Any]]:
+    """What the progress API says while a request runs, every tenth of a second."""
+    run = threading.Thread(target=img2img, args=(settings,), kwargs=request)
+    seen = []
+    run.start()
+    while run.is_alive():
+        seen.append(ask("/sdapi/v1/progress?skip_current_image=true"))
+        time.sleep(0.1)
+    return [p for p in seen if p["state"]["job_count"] > 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "request_", "says"),
+    [
+        ({"output": ["frames", "animation", "latents"], "steps": 60}, {}, ["Unsampling: frame"]),
+        ({"output": ["frames", "init"]}, {"n_iter": 2, "steps": 20}, ["Unsampling: frame"]),
+        ({"output": ["frames", "init"], "mode": "invert"}, {"n_iter": 2}, ["Inverting: level", "Unsampling: frame"]),
+    ],
+)
+def test_the_bar_only_goes_forward_and_says_why(
+    settings: dict[str, Any], request_: dict[str, Any], says: list[str]
+) -> None:
+    seen = followed(settings, sampler_name="Euler", **request_)
+    done = [p["progress"] for p in seen]
+    assert len(done) > 5 and done == sorted(done) and 0 < done[0] < 0.5 < done[-1] <= 1
+    assert all(p["eta_relative"] > -1 for p in seen)
+    for text in says:
+        assert any(text in (p["textinfo"] or "") for p in seen)
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
+def test_a_python_example_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.findall(r"```python\n(.*?)```", README, re.S)[number]
+    if "webuiapi" in example:
+        pytest.importorskip("webuiapi")
+    Image.open(CAT).convert("RGB").resize((128, 128)).save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    host, port = re.fullmatch(r"https?://([^:/]+):(\d+)/?", URL).groups()
+    example = example.replace("127.0.0.1", host).replace("7860", port)
+    for small in ('"width": 128, "height": 128, "steps": 6', "width=128, height=128, steps=6"):
+        example = example.replace('"steps": 20' if ":" in small else "steps=20", small)
+    exec(compile(example, f"README example {number + 1}", "exec"), {})
+    made = {file.suffix: file.read_bytes() for file in tmp_path.iterdir() if file.name != "cat.jpg"}
+    assert made
+    for ending, data in made.items():
+        if ending in (".gif", ".png", ".webp"):
+            assert Image.open(io.BytesIO(data)).size[0] > 0
+        else:
+            (tmp_path / "copy.safetensors").write_bytes(data)
+            assert trajectory.load(tmp_path / "copy.safetensors").z.ndim == 5
