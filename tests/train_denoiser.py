@@ -1,6 +1,6 @@
 """Trains the bench's pixel denoiser on the photographs that scikit-image ships; about ten minutes on two CPU cores.
 
-    python tests/train_denoiser.py [--steps 12000] [--device cpu] [--out FILE]
+python tests/train_denoiser.py [--steps 12000] [--device cpu] [--out FILE]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from skimage import data
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib_unsampler.bench._pixels import DEVIATION, SIDE, WEIGHTS, PixelDenoiser  # noqa: E402
+from lib_unsampler.bench._pixels import DEVIATION, SIDE, WEIGHTS, PixelDenoiser
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 BATCH = 32

@@ -91,7 +91,7 @@ def img2img_alternative_adjusted(model: Denoiser, y: Tensor, rising: Tensor) -> 
 
 
 def ddim_inversion(model: Denoiser, y: Tensor, rising: Tensor) -> Tensor:
-    """diffusers' DDIMInverseScheduler: the noise of the level it goes to, z scaled as on the level it comes from."""
+    """Diffusers' DDIMInverseScheduler: the noise of the level it goes to, z scaled as on the level it comes from."""
     x = y
     for low, high in zip(rising, rising[1:]):
         scaled = x * ((1 + high**2) / (1 + low**2)).sqrt()

@@ -106,7 +106,7 @@ def normalize_noise(noise: Tensor) -> Tensor:
 
 
 def blend(z: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
-    """z where the mask is 1, the clean latent where it is 0, mixed in between.
+    """Z where the mask is 1, the clean latent where it is 0, mixed in between.
 
     Arguments:
         z: Noisy latents with shape (..., B, C, [T,] H, W).
@@ -255,7 +255,7 @@ def runs_fused(x: Tensor, levels: Levels, draw: Draw, kind: str, normalize: bool
 
 
 def variance_preserving(z: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    r"""z as the diffusion papers show it: :math:`z / \sqrt{1 + s^2}` in sigma space; flow as it is.
+    r"""Z as the diffusion papers show it: :math:`z / \sqrt{1 + s^2}` in sigma space; flow as it is.
 
     Arguments:
         z: Latents with shape (B, C, [T,] H, W).
@@ -275,9 +275,7 @@ class SeededDraws:
     Draws come in order; asking for an earlier one again raises ValueError.
     """
 
-    def __init__(
-        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
         """``shape`` is one image's latent, (C, [T,] H, W)."""
         self._generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self._shape = shape

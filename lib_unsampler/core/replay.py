@@ -112,7 +112,8 @@ def plain_options(function: Sampler, options: Mapping[str, Any]) -> dict[str, fl
 
 def check_function(function: Sampler, sigmas: Tensor | None = None, **options: Any) -> None:
     """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0, or on a
-    schedule (if it is given) of one step under a sampler that cannot sample that."""
+    schedule (if it is given) of one step under a sampler that cannot sample that.
+    """
     accepted = inspect.signature(function).parameters
     if "sigmas" not in accepted or "noise_sampler" not in accepted:
         raise ReplayError(
@@ -170,7 +171,7 @@ class Recorder:
         return OpenNoise(lambda mu, factors: self._settle(z, mu, factors))
 
     def _target(self, sigma: Tensor) -> Tensor:
-        """z at a level: the given one at the step's end, a fresh one at a level on the way there."""
+        """Z at a level: the given one at the step's end, a fresh one at a level on the way there."""
         step = len(self.states)
         if torch.isclose(sigma.cpu().float(), self._sigmas[step].cpu().float(), rtol=1e-5):  # exp(log(s)) is not s
             return self._wanted[-1 - step]
@@ -266,7 +267,8 @@ def replay(
 
 def check_replay(function: Sampler, sigmas: Tensor, recording: Recording, skip: int = 0, **options: Any) -> None:
     """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones, and for a
-    skip under a sampler that looks back over its steps."""
+    skip under a sampler that looks back over its steps.
+    """
     if name_of(function) != recording.sampler:
         raise ReplayError(f"sampler: {name_of(function)!r} is not {recording.sampler!r}, which was recorded")
     if not torch.equal(sigmas.cpu().float(), recording.sigmas.cpu().float()):

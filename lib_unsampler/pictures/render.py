@@ -30,9 +30,7 @@ def to_pictures(decoded: Tensor) -> list[Image.Image]:
     return [Image.fromarray(p.permute(1, 2, 0).cpu().numpy()) for p in levels]
 
 
-def viewed(
-    z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, prediction: str, view: str
-) -> Tensor:
+def viewed(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, prediction: str, view: str) -> Tensor:
     """The latent to decode for a level's picture: variance preserving or raw, the source as it is.
 
     Outside the mask the source keeps its own brightness, also where the noisy part is scaled down.
@@ -232,9 +230,7 @@ def sigma_curve(schedule: Tensor, kept: Sequence[int], size: tuple[int, int] = (
     return page
 
 
-def _grid(
-    draw: ImageDraw.ImageDraw, low: float, high: float, box: tuple[int, int, int, int]
-) -> None:
+def _grid(draw: ImageDraw.ImageDraw, low: float, high: float, box: tuple[int, int, int, int]) -> None:
     """Horizontal lines at 1, 2 and 5 times the powers of ten within the range."""
     left, top, right, bottom = box
     draw.rectangle(box, outline=FAINT)

@@ -47,11 +47,10 @@ class GaussianPrior:
     """
 
     def __init__(self, mean: Tensor, power: Tensor, prediction: str = "eps") -> None:
-        """
-        Arguments:
-            mean: The mean picture with shape (3, H, W).
-            power: The spectrum S on ``rfft2``'s frequencies, with shape (3, H, W // 2 + 1).
-            prediction: ``eps`` (sigma space) or ``flow``.
+        """Arguments:
+        mean: The mean picture with shape (3, H, W).
+        power: The spectrum S on ``rfft2``'s frequencies, with shape (3, H, W // 2 + 1).
+        prediction: ``eps`` (sigma space) or ``flow``.
         """
         self.mean = mean
         self.power = power
@@ -96,10 +95,9 @@ class MixturePrior:
     prediction = "eps"
 
     def __init__(self, means: Tensor, variance: float) -> None:
-        """
-        Arguments:
-            means: The components' means with shape (K, ...).
-            variance: The common variance v.
+        """Arguments:
+        means: The components' means with shape (K, ...).
+        variance: The common variance v.
         """
         self.means = means
         self.variance = variance

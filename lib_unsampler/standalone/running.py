@@ -167,16 +167,12 @@ def resampling_model(settings: Settings, source: Tensor, mask: Tensor | None) ->
     return _model(settings, prompts, scale, source, mask)
 
 
-def _model(
-    settings: Settings, prompts: tuple[str, str], scale: float, source: Tensor, mask: Tensor | None
-) -> Denoiser:
+def _model(settings: Settings, prompts: tuple[str, str], scale: float, source: Tensor, mask: Tensor | None) -> Denoiser:
     model = guided(*(make_model(settings.model, p, *source.shape[-2:]) for p in prompts), scale)
     return model if mask is None else masked(model, source, mask)
 
 
-def carry_back(
-    z: Tensor, source: Tensor, mask: Tensor | None, sigmas: Tensor, settings: Settings, path: Path
-) -> None:
+def carry_back(z: Tensor, source: Tensor, mask: Tensor | None, sigmas: Tensor, settings: Settings, path: Path) -> None:
     """Carries the hand-off latent down the rest of the schedule and writes the picture it becomes.
 
     Arguments:
@@ -252,9 +248,7 @@ def plan_levels(settings: Settings) -> Levels:
     Raises:
         ValueError: for a scheduler that the model cannot have.
     """
-    sigmas = sampling.get_sigmas(
-        settings.scheduler, settings.steps or DEFAULT_STEPS, PREDICTION[settings.model]
-    )
+    sigmas = sampling.get_sigmas(settings.scheduler, settings.steps or DEFAULT_STEPS, PREDICTION[settings.model])
     return levels(sigmas, max(settings.end_at_step, 0), settings.step_increment)
 
 

@@ -54,9 +54,7 @@ def build(
     return [enabled, *(made[name] for name in by_name)]
 
 
-def _rows(
-    rows: Sequence[Sequence[str]], by_name: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
+def _rows(rows: Sequence[Sequence[str]], by_name: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The controls of rows of fields, by name."""
     made: dict[str, Any] = {}
     for names in rows:

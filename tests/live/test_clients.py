@@ -43,8 +43,15 @@ def asked(client: Any, settings: dict[str, Any], **request: Any) -> Any:
     return client.img2img(
         images=[picture],
         mask_image=Image.new("RGB", size, "white"),
-        **{"inpainting_fill": 2, "inpaint_full_res": False, "mask_blur": 0},
-        **{"prompt": "a cat", "seed": 5, "cfg_scale": 3, "width": 128, "height": 128, "denoising_strength": 0.7},
+        inpainting_fill=2,
+        inpaint_full_res=False,
+        mask_blur=0,
+        prompt="a cat",
+        seed=5,
+        cfg_scale=3,
+        width=128,
+        height=128,
+        denoising_strength=0.7,
         alwayson_scripts={"Batch Unsampler": {"args": [settings]}} if settings else {},
         **request,
     )
@@ -102,8 +109,14 @@ def test_nothing_else_is_had_over_the_api(name: str) -> None:
 
 def test_parameters_of_a_picture_are_a_request() -> None:
     settings = {
-        **{"output": ["frames", "contact sheet"], "noise": "path", "step_increment": 2, "end_at_step": 1},
-        **{"positive": " a \"cat\", 512x512\n(sea:1.2)", "negative": '["x"]', "duration": 0.25, "include_clean": False},
+        "output": ["frames", "contact sheet"],
+        "noise": "path",
+        "step_increment": 2,
+        "end_at_step": 1,
+        "positive": ' a "cat", 512x512\n(sea:1.2)',
+        "negative": '["x"]',
+        "duration": 0.25,
+        "include_clean": False,
     }
     first = img2img(settings)
     again = img2img(infotext=first["infotexts"][1])

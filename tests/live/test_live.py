@@ -60,9 +60,19 @@ def img2img(settings: Any = None, args: list[Any] | None = None, **fields: Any) 
     body = {
         "init_images": [as_base64(Image.open(CAT).convert("RGB").resize(size))],
         "mask": as_base64(Image.new("RGB", size, "white")),
-        **{"inpainting_fill": 2, "inpaint_full_res": False, "mask_blur": 0, "inpainting_mask_invert": 0},
-        **{"width": size[0], "height": size[1], "steps": 6, "seed": 5, "cfg_scale": 3, "prompt": "a cat"},
-        **{"sampler_name": "Euler a", "scheduler": SCHEDULER, "denoising_strength": 0.7},
+        "inpainting_fill": 2,
+        "inpaint_full_res": False,
+        "mask_blur": 0,
+        "inpainting_mask_invert": 0,
+        "width": size[0],
+        "height": size[1],
+        "steps": 6,
+        "seed": 5,
+        "cfg_scale": 3,
+        "prompt": "a cat",
+        "sampler_name": "Euler a",
+        "scheduler": SCHEDULER,
+        "denoising_strength": 0.7,
         **fields,
     }
     if settings is not None or args is not None:

@@ -62,10 +62,9 @@ def test_a_run_that_ends_early_is_shown_as_far_as_it_came(count: int, tmp_path: 
 
 def test_captions_are_on_the_animation_and_not_on_the_sheet(tmp_path: Path) -> None:
     settings = Settings(captions=True, noise="path")
-    with Background() as background:
-        with Reel(settings, SIGMAS, "", background, tmp_path / "a.png", True) as reel:
-            shown = [reel.add(f, s, 500.0) for f, s in zip(frames(5), [None, 3, 2, 1, 0])]
-            sheet = reel.finish()
+    with Background() as background, Reel(settings, SIGMAS, "", background, tmp_path / "a.png", True) as reel:
+        shown = [reel.add(f, s, 500.0) for f, s in zip(frames(5), [None, 3, 2, 1, 0])]
+        sheet = reel.finish()
     wanted = [render.caption(s, v, 500.0, "path") for s, v in zip([None, 3, 2, 1, 0], SIGMAS)]
     for i, (frame, pieces) in enumerate(zip(frames(5), wanted)):
         assert shown[i].tobytes() == render.captioned(frame, pieces).tobytes() != frame.tobytes()
@@ -88,8 +87,7 @@ def test_a_long_sheet_is_thinned(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
-    with Background() as background:
-        with Reel(Settings(), SIGMAS, "", background, tmp_path / "a.webp", False) as reel:
-            for frame in frames(3):
-                reel.add(frame, 1, None)
+    with Background() as background, Reel(Settings(), SIGMAS, "", background, tmp_path / "a.webp", False) as reel:
+        for frame in frames(3):
+            reel.add(frame, 1, None)
     assert list(tmp_path.iterdir()) == []

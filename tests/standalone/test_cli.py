@@ -264,9 +264,7 @@ def test_an_exact_inversion_samples_back_to_the_picture_now_or_later(
     assert (pixels(tmp_path / "edit.png").int() - pixels(picture).int()).abs().float().mean() > 5
 
 
-def test_reverse_takes_a_call_a_level_and_comes_back_less_near(
-    picture: Path, tmp_path: Path, capsys: Capture
-) -> None:
+def test_reverse_takes_a_call_a_level_and_comes_back_less_near(picture: Path, tmp_path: Path, capsys: Capture) -> None:
     near: dict[str, float] = {}
     for solver in ("exact", "reverse"):
         run(picture, *INVERT, "--solver", solver, "--report", tmp_path / f"{solver}.png")

@@ -59,8 +59,7 @@ DOUBLE_OF = {
 
 OWN_FACTS = {
     "xi = x + noise * sigma_sched[0]": "sd_samplers_kdiffusion.py",
-    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)":
-        "sd_samplers_kdiffusion.py",
+    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)": "sd_samplers_kdiffusion.py",
 }
 """The start state: each host says one of these."""
 
@@ -85,13 +84,13 @@ FACTS = {
         "x *= self.initial_noise_multiplier",
         "if state.job_count == -1:",
         "self.nmask = torch.asarray(latmask)",
-        "\"extra_generation_params\": self.extra_generation_params,",
+        '"extra_generation_params": self.extra_generation_params,',
     ],
     "rng.py": ["self.generators = [create_generator(seed + eta_noise_seed_delta) for seed in self.seeds]"],
     "images.py": ["if shared.opts.save_images_replace_action != 'Replace':", "self.p.batch_index + 1"],
     "scripts.py": ["script_index = args[0]", "script = self.selectable_scripts[script_index-1]"],
     "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image):", "textinfo = None"],
-    "ui_components.py": ["\"elem_id\": f\"{self.accordion_id}-checkbox\","],
+    "ui_components.py": ['"elem_id": f"{self.accordion_id}-checkbox",'],
     "ui_tempdir.py": ["already_saved_as = getattr(pil_image, 'already_saved_as', None)"],
     "api/api.py": ["if isinstance(image, str):", "status_code=vars(e).get('status_code', 500)"],
 }

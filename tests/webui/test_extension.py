@@ -100,9 +100,7 @@ def test_extra_noise_does_not_move_a_start_of_our_own(host: SimpleNamespace) -> 
 
 @pytest.mark.parametrize("fix_steps", [False, True])
 @pytest.mark.parametrize("end", [0, 3, 6])
-def test_end_at_step_overrides_the_strength_for_this_run_only(
-    host: SimpleNamespace, end: int, fix_steps: bool
-) -> None:
+def test_end_at_step_overrides_the_strength_for_this_run_only(host: SimpleNamespace, end: int, fix_steps: bool) -> None:
     host.shared.opts.img2img_fix_steps = fix_steps
     p, processed = host.run({"output": ["init", "latents"], "end_at_step": end})
     host.shared.opts.img2img_fix_steps = False
@@ -493,7 +491,7 @@ class EPS:
     """ComfyUI's classes, as reForge and Classic have them."""
 
 
-class V_PREDICTION(EPS):  # noqa: N801
+class V_PREDICTION(EPS):
     pass
 
 

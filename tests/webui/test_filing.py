@@ -31,9 +31,7 @@ def kinds(processed: Any) -> list[str]:
 
 @pytest.mark.parametrize("form", HEADS)
 @pytest.mark.parametrize("saved", [True, False])
-def test_each_format_is_a_file_on_the_page_and_base64_in_the_api(
-    host: SimpleNamespace, form: str, saved: bool
-) -> None:
+def test_each_format_is_a_file_on_the_page_and_base64_in_the_api(host: SimpleNamespace, form: str, saved: bool) -> None:
     if form == "mp4":
         pytest.importorskip("av")
     settings = {"output": ["animation"], "format": form, "hold_last": 0.5, "ping_pong": True}
@@ -122,9 +120,7 @@ def test_frames_beyond_the_limit_are_named_and_never_dropped_silently(
         assert len(list(host.out.iterdir())) == 2 * count == 72
 
 
-def test_all_levels_are_spread_over_the_limit(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_levels_are_spread_over_the_limit(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host.shared.opts, "batch_unsampler_gallery_limit", 3, raising=False)
     _, processed = host.run({"output": ["frames"]})
     assert [n["step"] for n in notes(processed)] == [6, 3, 0]
@@ -138,9 +134,7 @@ def test_a_saved_frame_stands_in_the_reply_as_its_file(host: SimpleNamespace) ->
             assert file.tobytes() == item.tobytes() and file.info["parameters"] == text
 
 
-def test_an_interrupt_before_any_noise_makes_nothing(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_before_any_noise_makes_nothing(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source alone is no progression: neither a file of it nor a picture."""
     state = host.shared.state
     monkeypatch.setattr(state, "assign_current_image", lambda _: setattr(state, "interrupted", True), raising=False)
@@ -150,9 +144,7 @@ def test_an_interrupt_before_any_noise_makes_nothing(
     assert list(Path(host.shared.opts.temp_dir).iterdir()) == []
 
 
-def test_an_interrupted_run_is_whole_as_far_as_it_came(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_is_whole_as_far_as_it_came(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     state = host.shared.state
     host.shared.opts.save_incomplete_images = True
 
@@ -237,9 +229,7 @@ def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
     assert pixels(chunked) == pixels(plain) and asked == [16, 8, 4, 4, 4, 4, 2] and len(freed) == 2
 
 
-def test_no_memory_for_a_single_frame_is_said(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_a_single_frame_is_said(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
@@ -248,9 +238,7 @@ def test_no_memory_for_a_single_frame_is_said(
         host.run({})
 
 
-def test_the_bar_says_when_files_are_written(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bar_says_when_files_are_written(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from modules import images
 
     save, said = images.save_image, []

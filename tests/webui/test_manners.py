@@ -59,9 +59,7 @@ def test_every_number_and_choice_has_one_axis(plot: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     "args", [({"output": ["frames"]},), (True, ["frames"]), ({"output": ["frames"], "noise": "path"},)]
 )
-def test_an_axis_changes_its_cell_alone(
-    host: SimpleNamespace, plot: SimpleNamespace, args: tuple[Any, ...]
-) -> None:
+def test_an_axis_changes_its_cell_alone(host: SimpleNamespace, plot: SimpleNamespace, args: tuple[Any, ...]) -> None:
     request = host.make(args)
     direct = [host.run({"output": ["frames"], "noise": noise})[1] for noise in ("shared", "independent")]
     for noise, alone in zip(("shared", "independent"), direct):
@@ -165,9 +163,7 @@ def kept(host: SimpleNamespace, settings: dict[str, Any], **request: Any) -> str
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
-def test_init_from_a_file_is_the_init_that_made_it(
-    host: SimpleNamespace, noise: str, sampler: str
-) -> None:
+def test_init_from_a_file_is_the_init_that_made_it(host: SimpleNamespace, noise: str, sampler: str) -> None:
     made, _ = host.run({"output": ["init", "latents"], "noise": noise}, sampler_name=sampler)
     (file,) = host.out.glob("*.safetensors")
     again, processed = host.run({"output": ["init", "latents"], "trajectory": file.name}, sampler_name=sampler)
@@ -251,9 +247,7 @@ def test_nothing_but_our_files_in_the_folder_is_read(host: SimpleNamespace, outs
 
 
 @pytest.mark.parametrize("accounts", [{}, {"ann": "one", "bob": "two:2"}])
-def test_latents_over_the_api(
-    host: SimpleNamespace, outside: list[str], accounts: dict[str, str]
-) -> None:
+def test_latents_over_the_api(host: SimpleNamespace, outside: list[str], accounts: dict[str, str]) -> None:
     app = FastAPI()
     routes.add(app, lambda: host.out, accounts)
     client = TestClient(app)

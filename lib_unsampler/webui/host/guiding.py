@@ -43,15 +43,12 @@ class GuidedModel:
     Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's own.
     """
 
-    def __init__(
-        self, denoiser: Any, extra_args: dict[str, Any], stride: int, called: Callable[[int], None]
-    ) -> None:
-        """
-        Arguments:
-            denoiser: The host's, as its sampler's function gets it.
-            extra_args: What the host gives with it at each call.
-            stride: How many calls the host counts where the inverted sampler makes one.
-            called: Told the number of calls after each.
+    def __init__(self, denoiser: Any, extra_args: dict[str, Any], stride: int, called: Callable[[int], None]) -> None:
+        """Arguments:
+        denoiser: The host's, as its sampler's function gets it.
+        extra_args: What the host gives with it at each call.
+        stride: How many calls the host counts where the inverted sampler makes one.
+        called: Told the number of calls after each.
         """
         self._denoiser = denoiser
         self._extra_args = extra_args
@@ -122,9 +119,7 @@ def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, 
 
 
 @contextmanager
-def prompted(
-    p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any]
-) -> Iterator[tuple[Any, Any]]:
+def prompted(p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """The conditions under other prompts, built as the host builds them, and its networks switched.
 
     Arguments:

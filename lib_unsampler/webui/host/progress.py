@@ -16,11 +16,10 @@ class Progress:
     """The host's progress bar, live preview and buttons, while frames are made."""
 
     def __init__(self, total: int, own_job: bool, writes: bool = False) -> None:
-        """
-        Arguments:
-            total: Parts of this job: frames, or levels.
-            own_job: Whether this is a job of its own, beside the sampling.
-            writes: Whether files are written at its end, which is one more part of it.
+        """Arguments:
+        total: Parts of this job: frames, or levels.
+        own_job: Whether this is a job of its own, beside the sampling.
+        writes: Whether files are written at its end, which is one more part of it.
         """
         self._state = shared.state
         if own_job:

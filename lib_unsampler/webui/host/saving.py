@@ -38,9 +38,7 @@ def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: st
     return tuple(Path(name) for name in written if name)
 
 
-def save_file(
-    p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str, folder: str = ""
-) -> Path:
+def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, suffix: str, folder: str = "") -> Path:
     """Moves a finished file to the name the host would give an image, with its own ending.
 
     It goes into ``folder``, or where the request's pictures go.

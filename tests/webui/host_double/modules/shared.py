@@ -25,6 +25,8 @@ class State:
 
 
 state = State()
+
+
 class OptionInfo:
     def __init__(self, default=None, label="", component=None, component_args=None, section=None, restrict_api=False):
         self.default, self.label, self.component, self.component_args = default, label, component, component_args
