@@ -158,7 +158,8 @@ class Guided:
 def mixed(x: Tensor, z: Tensor, weight: Weight) -> Tensor:
     """``c z + (1 - c) x``; exactly z where c is 1 and exactly x where it is 0."""
     c = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-    return torch.where(c == 1, z, torch.where(c == 0, x, c * z + (1 - c) * x))
+    made: Tensor = torch.where(c == 1, z, torch.where(c == 0, x, c * z + (1 - c) * x))
+    return made
 
 
 def sample_guided(
