@@ -30,6 +30,9 @@ else:
         def process(self, p, *args):
             extension.attach(p, args)
 
+        def postprocess_image_after_composite(self, p, pp, *args):
+            extension.take(p, pp.image)
+
         def postprocess(self, p, processed, *args):
             extension.finish(p, processed)
 

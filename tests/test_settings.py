@@ -57,9 +57,21 @@ def requests(surface: str) -> st.SearchStrategy[dict[str, Any]]:
 
 def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
-    mended = {**values, "steps": 0} if "init" in values.get("output", ()) else dict(values)
+    mended = {**values, **({} if values["end_at_sigma"] == 0 else {"end_at_step": -1})}
+    wanted = set(values.get("output", ()))
+    guides = "guide" in wanted or values.get("guide", False)
+    if guides:
+        low, high = sorted((values["guide_from"], values["guide_until"]))
+        mended |= {"guide_from": low, "guide_until": high, "noise": "shared"}
+        mended |= {"mode": "noise"} if values["mode"] == "replay" else {}
+    if "strength sweep" in wanted:
+        mended |= {"film": "noising", **({"mode": "noise"} if values["mode"] == "replay" else {})}
+        mended["output"] = tuple(name for name in values["output"] if name != "guide")
+    if wanted & {"init", "guide", "strength sweep"}:
+        mended["steps"] = 0
     if mended.get("trajectory"):
         own = {"steps": 0, "end_at_step": -1, "step_increment": 1, "noise": "shared", "normalize": False}
+        own["end_at_sigma"] = 0.0
         mended |= own | ({"mode": "noise"} if mended["mode"] == "invert" else {})
     if mended["mode"] == "invert":
         return {**mended, "noise": "shared", "normalize": False, "skip": 0}

@@ -65,3 +65,17 @@ def levels(sigmas: Tensor, end_at_step: int = 0, step_increment: int = 1) -> Lev
     visited = tuple(range(last, end - 1, -1))
     kept = tuple(reversed(visited[::-1][::step_increment]))
     return Levels(schedule, visited, kept)
+
+
+def step_at(sigmas: Tensor, sigma: float) -> tuple[int, bool]:
+    """The schedule index of the noisiest level at or below a sigma, and whether there is one.
+
+    Below the lowest noisy level it is that one.
+
+    Arguments:
+        sigmas: The descending schedule, with shape (n + 1).
+        sigma: A noise level, in the schedule's own space.
+    """
+    noisy = [float(s) for s in sigmas if s > 0]
+    found = next((i for i, s in enumerate(noisy) if s <= sigma * (1 + 1e-6)), None)
+    return (len(noisy) - 1, False) if found is None else (found, True)

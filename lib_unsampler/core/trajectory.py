@@ -177,6 +177,11 @@ class Kept:
         """A tensor of the levels' shape and type without their data."""
         return self._level.expand(self._count, *self._level.shape)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every level, as it was taken, on the CPU."""
+        for data in self:
+            yield torch.frombuffer(bytearray(data), dtype=self._level.dtype).reshape(self._level.shape)
+
     def __iter__(self) -> Iterator[bytes]:
         """Every level's data."""
         self._file.seek(0)

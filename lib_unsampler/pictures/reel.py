@@ -66,15 +66,21 @@ class Reel:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, picture: Image.Image, step: int | None, timestep: float | None) -> Image.Image:
-        """Takes the next frame, of schedule index ``step`` (None: the source); returns it as it is shown."""
+    def add(self, picture: Image.Image, step: int | None, timestep: float | None, part: str = "") -> Image.Image:
+        """Takes the next frame; returns it as it is shown.
+
+        Arguments:
+            step: Its schedule index; None for a picture without noise.
+            timestep: The model's timestep, if it is to be told.
+            part: What it is part of, for its caption: empty is the noising.
+        """
         sigma = self._sigmas[self._count]
         if self._sheet and evenly(self._count, len(self._sigmas), render.SHEET_FRAMES):
             self._small.append((render.thumbnail(picture), render.sigma_text(sigma)))
         if self._settings.captions:
             settings = self._settings
-            kind = settings.noise if settings.mode == "noise" else settings.mode
-            picture = render.captioned(picture, render.caption(step, sigma, timestep, kind))
+            kind = part or (settings.noise if settings.mode == "noise" else settings.mode)
+            picture = render.captioned(picture, render.caption(step, sigma, timestep, kind, part or "source"))
         if self._animation is not None:
             self._animation.add(picture)
         self._count += 1

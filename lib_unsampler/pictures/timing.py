@@ -61,18 +61,18 @@ def even(sigmas: Sequence[float], duration: float) -> list[float]:
 
 
 def log_sigma(sigmas: Sequence[float], duration: float) -> list[float]:
-    r"""Times in proportion to each level's share of the rise in log sigma; ``duration`` on average.
+    r"""Times in proportion to each level's share of the way in log sigma; ``duration`` on average.
 
     A level's share is the mean of the steps to its neighbours,
-    :math:`(\log s_{i+1} - \log s_{i-1}) / 2`; at the ends the one step there is. A level at
+    :math:`(|\log s_{i+1} - \log s_i| + |\log s_i - \log s_{i-1}|) / 2`; at the ends the one step there is. A level at
     sigma 0 has no logarithm and gets ``duration``.
 
     Arguments:
-        sigmas: The frames' noise levels, rising.
+        sigmas: The frames' noise levels: rising, falling, or there and back.
         duration: Mean seconds of a frame.
     """
     noisy = [math.log(s) for s in sigmas if s > 0]
-    steps = [after - before for before, after in pairwise(noisy)]
+    steps = [abs(after - before) for before, after in pairwise(noisy)]
     if sum(steps) <= 0:
         return even(sigmas, duration)
     shares = [(before + after) / 2 for before, after in zip(steps[:1] + steps, steps + steps[-1:])]

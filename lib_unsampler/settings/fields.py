@@ -46,7 +46,19 @@ SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
 MODELS = ("gaussian", "gaussian-flow", "mixture")
 
 
-OUTPUTS = ("frames", "animation", "contact sheet", "sigma curve", "latents", "init")
+OUTPUTS = (
+    "frames",
+    "animation",
+    "contact sheet",
+    "sigma curve",
+    "latents",
+    "init",
+    "guide",
+    "strength sweep",
+    "comfyui",
+)
+SAMPLING = frozenset({"init", "guide", "strength sweep"})
+"""Outputs for which img2img samples a picture; their levels are img2img's own."""
 
 
 FORMATS = ("gif", "webp", "apng", "mp4")
@@ -94,7 +106,8 @@ class Settings:
         "Output",
         "Each noise level as an image, the moving progression, one sheet of all frames (of 400 "
         "where there are more), a picture of the schedule with the kept levels marked, a safetensors file of the "
-        "latents, or (init) the latent from which img2img's own sampling starts.",
+        "latents, the latent from which img2img's own sampling starts (init), the levels towards which it is drawn at "
+        "each step (guide), a picture sampled from every level (strength sweep), or ComfyUI's .latent file (comfyui).",
         choices=OUTPUTS,
         surfaces=("host",),
     )
@@ -326,10 +339,77 @@ class Settings:
         surfaces=("cli",),
     )
 
+    guide_strength: float = option(
+        1.0,
+        "Guide strength",
+        "Guide: how far each sampling step is drawn towards its noise level; 0 is plain img2img.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    guide_alpha: float = option(
+        3.0,
+        "Guide alpha",
+        "Guide: how soon it lets go on the way to the picture. 0 never does; 3 is DemoFusion's.",
+        minimum=0.0,
+        maximum=100.0,
+    )
+    guide_from: float = option(
+        0.0,
+        "Guide from",
+        "Guide: the share of the executed steps at which it begins.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    guide_until: float = option(
+        1.0,
+        "Guide until",
+        "Guide: the share of the executed steps at which it ends.",
+        minimum=0.0,
+        maximum=1.0,
+    )
+    guide_weight: str = option(
+        "skip residual",
+        "Guide weight",
+        "Guide: skip residual draws the whole picture, less and less; map reads the inpaint mask as a map of "
+        "strengths: white places change as much as the denoising strength says, black ones not at all.",
+        choices=("skip residual", "map"),
+        surfaces=("host",),
+    )
+    end_at_sigma: float = option(
+        0.0,
+        "End at sigma",
+        "Stop at the noisiest level at or below this sigma; 0 leaves it to end_at_step.",
+        minimum=0.0,
+        maximum=10000.0,
+    )
+    film: str = option(
+        "noising",
+        "Film",
+        "What frames and animation show: the noising, img2img's own sampling, or both, there and back.",
+        choices=("noising", "sampling", "both"),
+    )
+    film_view: str = option(
+        "state",
+        "Film view",
+        "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
+        choices=("state", "estimate"),
+    )
+    guide: bool = option(
+        False,
+        "Guide the resampling",
+        "Draw the resampling towards the levels at each step.",
+        surfaces=("cli",),
+    )
+
+    @property
+    def maps(self) -> bool:
+        """Whether the inpaint mask is a map of strengths that guides (WebUI)."""
+        return "guide" in self.output and self.guide_weight == "map"
+
     @property
     def samples(self) -> bool:
         """Whether img2img's own sampling is wanted at all (WebUI)."""
-        return "init" in self.output
+        return bool(SAMPLING & set(self.output))
 
 
 @dataclass(frozen=True)

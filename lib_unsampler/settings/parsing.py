@@ -8,6 +8,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from .combinations import refusals
 from .fields import STOCHASTIC, TITLE, Preferences, Settings, allowed, surface_fields
 
 
@@ -106,40 +107,12 @@ def parse(values: Mapping[str, Any], surface: str) -> Settings:
         SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
     """
     good, errors = _read_all(values, {f.name: f for f in surface_fields(surface)})
-    if "init" in good.get("output", ()) and good.get("steps", 0) != 0:
-        errors.append(f"steps: {good['steps']} is not 0, which init needs (its levels are img2img's own)")
-    errors += _contradictions(good) + _check_replay(good, surface)
+    errors += refusals(Settings(**good)) + _check_replay(good, surface)
     if errors:
         raise SettingsError(errors)
     if good.get("mode") == "replay":
         good["noise"] = "independent"
     return Settings(**good)
-
-
-def _contradictions(read: Mapping[str, Any]) -> list[str]:
-    """What does not go with the mode: a mode's own fields in another, or noise where the model makes it."""
-    inverts = read.get("mode", Settings.mode) == "invert"
-    errors = []
-    if inverts and read.get("noise", "shared") != "shared":
-        errors.append(f"noise: {read['noise']!r} is not shared; with mode invert the model makes the noise")
-    if inverts and read.get("normalize", False):
-        errors.append("normalize: true does not go with mode invert, whose noise would no longer be the model's")
-    for name in ("panel", "report"):
-        if read.get(name, False) and not inverts:
-            errors.append(f"{name}: true needs mode invert")
-    if read.get("mode") == "replay" and read.get("noise") == "path":
-        errors.append("noise: 'path' is not independent, which every level of mode replay is")
-    if read.get("trajectory"):
-        if inverts:
-            errors.append("trajectory: a file's levels go with mode noise or replay, not with invert")
-        names = ["steps", "end_at_step", "step_increment", "normalize"]
-        for name in names if read.get("mode") == "replay" else [*names, "noise"]:
-            default = Settings.__dataclass_fields__[name].default
-            if read.get(name, default) != default:
-                errors.append(f"{name}: {read[name]!r} does not go with trajectory, whose levels are the file's")
-    if read.get("mode") != "replay" and read.get("skip", 0):
-        errors.append(f"skip: {read['skip']} needs mode replay")
-    return errors
 
 
 def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:

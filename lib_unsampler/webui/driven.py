@@ -6,7 +6,7 @@ loaded, guided, previewed and interrupted as in the host's own sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -165,6 +165,21 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
     return Inverted(tuple(reached), estimates, batch.x, back[0] if back else None)
 
 
+Listen = Callable[[int, Tensor, Tensor], None]
+"""Told each step of a sampling: its schedule index, the state before it, and the model's estimate of the picture."""
+
+
+def listening(start: int, listen: Listen, inner: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    """A sampler's callback that tells every step to a listener first; ``start`` is the first step's schedule index."""
+
+    def called(info: Mapping[str, Any]) -> None:
+        listen(start + int(info["i"]), info["x"], info["denoised"])
+        if inner is not None:
+            inner(info)
+
+    return called
+
+
 class _Inpainting:
     """The host's denoiser with the source outside the mask, as its samplers inpaint; otherwise the denoiser itself."""
 
@@ -209,8 +224,11 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     return made[0] if made else None
 
 
-def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -> Tensor:
+def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int, listen: Listen | None) -> Tensor:
     """The host's own sampling with a recording's noises, from the level where the skip or the recording begins.
+
+    Arguments:
+        listen: Told every step: its schedule index, the state before it, and the model's estimate.
 
     Raises:
         ReplayError: for another sampler, schedule or options than the recorded ones.
@@ -222,6 +240,9 @@ def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -
         model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)
         edited = _Inpainting(model, batch.x, getattr(p, "nmask", None))
         whole = plan.levels.schedule[-recorded - 1 :].to(sigmas)
+        if listen is not None:
+            first = len(plan.levels.schedule) - 1 - steps
+            options["callback"] = listening(first, listen, options.get("callback"))
         return replay.replay(function, edited, whole, recording.like(start), recorded - steps, **options)
 
     return batch.sample(plan, body)

@@ -8,17 +8,20 @@ what fails later from ``p.save_samples``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..core.trajectory import Trajectory
 from ..settings import (
     INFOTEXT_PREFIX,
+    SAMPLING,
     VERSION_KEY,
     Settings,
     SettingsError,
@@ -35,7 +38,9 @@ from .host.progress import add_jobs
 from .host.request import RefusedError, attribute, comment, selected_script
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
+from .onward import StrengthMap
 from .reply import Reply
+from .showing import Showing
 
 PATCHED = ("init", "sample", "save_samples")
 HOST_FIELDS = {f.name for f in surface_fields("host")}
@@ -56,12 +61,21 @@ def attach(p: Any, args: Sequence[Any]) -> None:
         _refuse(p, f"Batch Unsampler: {type(error).__name__}: {error}")
 
 
+def take(p: Any, picture: Image.Image) -> None:
+    """Is shown each picture that the host has finished."""
+    request = vars(p).get("batch_unsampler")
+    if request is not None:
+        request.take(picture)
+
+
 def finish(p: Any, processed: Any) -> None:
     """Hands the request's results over and takes everything off it again."""
     request = vars(p).get("batch_unsampler")
-    detach(p)
-    if request is not None:
-        request.hand_over(processed)
+    try:
+        if request is not None:
+            request.hand_over(processed)
+    finally:
+        detach(p)
 
 
 def detach(p: Any) -> None:
@@ -114,6 +128,9 @@ class Request:
         self.preferences = preferences()
         self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
         self.saved: Trajectory | None = None
+        self.runs: list[BatchRun] = []
+        self.showings: list[Showing] = []
+        self.finals: dict[int, list[Image.Image]] = {}
 
     def attach(self) -> None:
         """Puts this request's three wrappers on ``p``."""
@@ -122,6 +139,9 @@ class Request:
         self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
         self._own_grid = p.do_not_save_grid
         p.do_not_save_grid = p.do_not_save_grid or not self.settings.samples
+        self._own_rounding = getattr(p, "mask_round", None)
+        if self.settings.maps:
+            p.mask_round = False
         for name in PATCHED:
             _patch(p, name, getattr(self, f"on_{name}"))
         p.extra_generation_params[VERSION_KEY] = __version__
@@ -130,6 +150,10 @@ class Request:
     def restore(self) -> None:
         """Gives ``p`` back what is no wrapper."""
         self.p.do_not_save_grid = self._own_grid
+        if self._own_rounding is not None:
+            self.p.mask_round = self._own_rounding
+        for part in (*self.showings, *self.runs):
+            part.close()
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
@@ -144,7 +168,7 @@ class Request:
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
-        if self.script is not None and self.wanted - {"init", "latents"}:
+        if self.script is not None and self.wanted - SAMPLING - {"latents"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
 
@@ -152,25 +176,38 @@ class Request:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
         own = p.sampler.sample_img2img
-        run = BatchRun(p, self.settings, self.saved, self.reply, self._save_samples)
-        if p.iteration == 0:
-            jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - {"init"}))
-            add_jobs(jobs * p.n_iter)
+        with ExitStack() as guided:
+            run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
+            self.runs.append(run)
+            if p.iteration == 0:
+                jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - SAMPLING))
+                add_jobs(jobs * p.n_iter)
 
-        def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
-            return self._start(run, Batch(own, *args, **kwargs))
+            def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
+                return self._start(run, Batch(own, *args, **kwargs))
 
-        try:
-            with attribute(p.sampler, "sample_img2img", sample_img2img):
-                samples = self._sample(*args, **kwargs)
-        except BaseException:
-            detach(p)
-            raise
-        self._make(run)
+            try:
+                with attribute(p.sampler, "sample_img2img", sample_img2img):
+                    samples = self._sample(*args, **kwargs)
+            except BaseException:
+                detach(p)
+                raise
+            self._make(run)
         if self.settings.samples and self.error is None:
             return samples
         shape = (3, p.height, p.width)
         return Decoded(torch.zeros(shape) for _ in p.prompts)
+
+    def _strengths(self, guided: ExitStack) -> StrengthMap | None:
+        """The mask as a map of strengths; while it guides, the host inpaints nothing and begins at its largest."""
+        p = self.p
+        if not self.settings.maps:
+            return None
+        found = StrengthMap(p.nmask * p.denoising_strength)
+        for name, value in (("mask", None), ("nmask", None), ("denoising_strength", found.largest)):
+            guided.enter_context(attribute(p, name, value))
+        p.overlay_images = None
+        return found
 
     def _start(self, run: BatchRun, batch: Batch) -> Tensor:
         """The host swallows nothing here, but must clean up after its sampling: what fails is raised later."""
@@ -193,9 +230,23 @@ class Request:
                 )
             if run.inverted is not None:
                 self.inversions.append(run.inverted.told())
-            run.make()
+            self.showings.append(Showing(run, self.reply, self._save_samples))
+            self.showings[-1].make()
         except Exception as error:
             self.error = error
+
+    def take(self, picture: Image.Image) -> None:
+        """One of the host's own finished pictures: a film ends with it."""
+        if self.settings.film != "noising":
+            self.finals.setdefault(self.p.iteration, []).append(picture.copy())
+
+    def _complete(self) -> None:
+        """Finishes what waited for the host's own pictures. The host swallows errors here, so they are said."""
+        for number, showing in enumerate(self.showings):
+            try:
+                showing.complete(self.finals.get(number, []))
+            except Exception as error:
+                comment(self.p, f"the film is not whole: {type(error).__name__}: {error}")
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
@@ -211,6 +262,7 @@ class Request:
         Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z
         plot, loopback, SD upscale, ...) counts on one picture for each image, so under it there are only those.
         """
+        self._complete()
         items = self.reply.every()
         if self.script is not None or not items:
             items = [] if self.settings.samples else self.reply.stand_ins

@@ -5,6 +5,7 @@ Nothing is held but thumbnails and what is being encoded or saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,9 @@ ENDINGS = {"gif": ".gif", "webp": ".webp", "apng": ".png", "mp4": ".mp4"}
 class Filing:
     """Takes one batch's levels with their pictures, least noisy first; a context manager that forgets the rest."""
 
-    def __init__(self, p: Any, settings: Settings, plan: Plan, reply: Reply, save: bool) -> None:
+    def __init__(
+        self, p: Any, settings: Settings, plan: Plan, reply: Reply, save: bool, sigmas: Sequence[float]
+    ) -> None:
         """Begins the files of a batch.
 
         Arguments:
@@ -44,6 +47,7 @@ class Filing:
             plan: The levels.
             reply: Where the results go.
             save: Whether the host saves this batch's images.
+            sigmas: The noise level of every frame that may come.
 
         Raises:
             ValueError: if the animation's format cannot be had or cannot hold it.
@@ -51,8 +55,8 @@ class Filing:
         """
         self._p, self._settings, self._plan, self._reply, self._save = p, settings, plan, reply, save
         self._wanted = set(settings.output)
-        self._sigmas = [0.0] * settings.include_clean + plan.levels.sigmas.tolist()
-        self._count = 0
+        self._sigmas = list(sigmas)
+        self.count = 0
         self._last: list[Image.Image] = []
         self._entry: dict[str, Any] = {}
         self._indices: list[int] = []
@@ -97,23 +101,24 @@ class Filing:
         if self._kept is not None:
             self._kept.add(masked)
 
-    def frame(self, frame: Frame) -> None:
-        """Takes the pictures of one level, one for each image."""
-        self._entry, self._last = {"kind": "frame", "step": frame.index, "sigma": frame.sigma}, frame.pictures
+    def frame(self, frame: Frame, part: str = "") -> None:
+        """Takes the pictures of one level, one for each image; ``part`` says what they are part of."""
+        self._last = frame.pictures
+        self._entry = {"kind": "frame", "step": frame.index, "sigma": frame.sigma, **({"part": part} if part else {})}
         step = None
         if self._settings.captions and frame.index is not None:
             step = timestep(self._p, self._plan.levels.schedule[frame.index])
         for image, (reel, picture) in enumerate(zip(self._reels, frame.pictures)):
-            seen = reel.add(picture, frame.index, step)
+            seen = reel.add(picture, frame.index, step, part)
             if "frames" in self._wanted:
-                suffix = f"-z{self._count:03d}"
+                suffix = f"-z{self.count:03d}"
                 self._naming.frame(seen, image, self._entry, suffix, self._save, self._is_shown())
-        self._count += 1
+        self.count += 1
 
     def _is_shown(self) -> bool:
         """Whether the present level's frames are among those that the reply has room for."""
         levels = max(1, self._reply.limit // (len(self._reels) * self._p.n_iter))
-        return self._reply.limit > 0 and evenly(self._count, len(self._sigmas), levels)
+        return self._reply.limit > 0 and evenly(self.count, len(self._sigmas), levels)
 
     def abandon(self) -> None:
         """Takes everything back."""
@@ -137,8 +142,8 @@ class Filing:
         if self._save and not save:
             self._naming.unsave()
         for image, reel in enumerate(self._reels):
-            sheet = reel.finish() if self._count else None
-            if self._moving and self._count:
+            sheet = reel.finish() if self.count else None
+            if self._moving and self.count:
                 self._naming.animation(self._moving[image], self._last[image], image, self._settings.format, save)
             if sheet is not None:
                 self._naming.picture("contact sheet", sheet, image, "-unsampling-sheet", save)
@@ -177,7 +182,7 @@ class Filing:
         )
 
     def _say_what_is_missing(self, save: bool) -> None:
-        made = self._count * len(self._reels) if "frames" in self._wanted else 0
+        made = self.count * len(self._reels) if "frames" in self._wanted else 0
         shown = self._naming.count("frame")
         if shown < made and self._reply.limit:
             others = "all are saved" if save else "the others are not kept, since this request saves nothing"

@@ -8,7 +8,7 @@ from ..core.inversion import kin
 from ..core.replay import check_function
 from ..core.trajectory import Trajectory, TrajectoryError
 from ..pictures.animation import check_format
-from ..settings import TITLE, Settings
+from ..settings import SAMPLING, TITLE, Settings
 from . import saved, shelf
 from .filing import ENDINGS
 from .host.guiding import sampler_function
@@ -32,7 +32,7 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     _check_sampler(p, settings, sampler)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
-    if set(settings.output) - {"init"}:
+    if set(settings.output) - SAMPLING:
         _check_work(p, settings, most)
     return None
 

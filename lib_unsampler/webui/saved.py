@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from ..core.noising import add_noise, implied_noise
 from ..core.schedule import Levels
 from ..core.trajectory import Trajectory
 from .driven import Plan
@@ -59,6 +60,21 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
     last = int((schedule > 0).sum()) - 1
     levels = Levels(schedule, tuple(range(last, saved.start - 1, -1)), tuple(reversed(kept)))
     return Plan(levels, saved.prediction, total, own_start in (None, saved.start))
+
+
+def every_level(saved: Trajectory, plan: Plan, like: Tensor) -> Callable[[int], Tensor]:
+    """Z of any executed level by schedule index; of shared noise, also one that the file does not hold."""
+    held = dict(zip(plan.levels.kept, saved.z))
+    sigma = saved.sigmas[-1]
+    noise = implied_noise(saved.z[-1].float(), saved.source.float(), sigma, saved.prediction)
+
+    def level(index: int) -> Tensor:
+        if index in held:
+            return held[index].to(like).expand_as(like)
+        made = add_noise(saved.source.float(), noise, plan.levels.schedule[index], saved.prediction)
+        return made.to(like).expand_as(like)
+
+    return level
 
 
 def walk(saved: Trajectory, plan: Plan, like: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -14,7 +14,7 @@ from ..settings import OUTPUTS, Preferences, pasted, surface_fields
 from . import shelf
 
 ELEM_ID = "batch_unsampler"
-OPEN = (("output",), ("mode", "noise"), ("steps", "end_at_step", "step_increment"))
+OPEN = (("output",), ("mode", "noise"), ("steps", "end_at_step", "step_increment", "end_at_sigma"))
 """What every run needs, as rows of fields."""
 
 FOLDED = (
@@ -27,6 +27,11 @@ FOLDED = (
         "How the model walks (modes invert and replay)",
         (("positive", "negative", "cfg"), ("solver", "tolerance", "max_calls"), ("skip", "report")),
     ),
+    (
+        "How the levels guide img2img (output guide)",
+        (("guide_weight", "guide_strength", "guide_alpha"), ("guide_from", "guide_until")),
+    ),
+    ("The sampling as a film", (("film", "film_view"),)),
 )
 """The others, under headings that open."""
 

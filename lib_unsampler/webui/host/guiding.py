@@ -16,19 +16,30 @@ from .request import attribute
 
 
 @contextmanager
-def starting_from(sampler: Any, z: Tensor) -> Iterator[None]:
-    """Has a k-diffusion sampler start from z, whatever start state the host computes."""
+def running(sampler: Any, run: Callable[..., Tensor]) -> Iterator[None]:
+    """Has ``run(function, model, x, **options)`` run in the place of a k-diffusion sampler's function.
+
+    The host computes its own start state and options, and cleans up after its sampling: so what ``run`` raises is
+    raised again at the end of the block, and x is what was sampled until then.
+    """
     function = sampler.func
+    raised: list[Exception] = []
 
     @functools.wraps(function)  # the host inspects its signature
-    def started(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return function(model, z.to(x), *args, **kwargs)
+    def ran(model: Any, x: Tensor, **options: Any) -> Tensor:
+        try:
+            return run(function, model, x, **options)
+        except Exception as error:
+            raised.append(error)
+            return x
 
     try:
-        sampler.func = started
+        sampler.func = ran
         yield
     finally:
         sampler.func = function
+    if raised:
+        raise raised.pop()
 
 
 def sampler_function(sampler: Any) -> str:

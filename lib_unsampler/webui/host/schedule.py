@@ -82,3 +82,9 @@ def timestep(p: Any, sigma: Tensor) -> float | None:
     if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
         return None
     return float(wrap.sigma_to_t(sigma.reshape(1).to(devices.device)))
+
+
+def guiding_timestep(p: Any, sigma: Tensor, prediction: str) -> float:
+    """The timestep, out of 1000, by which guidance weighs a noise level: on flow models s T."""
+    known = None if prediction == "flow" else timestep(p, sigma)
+    return 1000.0 * float(sigma) if known is None else known
