@@ -130,7 +130,7 @@ class Request:
         self.saved: Trajectory | None = None
         self.runs: list[BatchRun] = []
         self.showings: list[Showing] = []
-        self.finals: dict[int, list[Image.Image]] = {}
+        self.finals: list[Image.Image] = []
 
     def attach(self) -> None:
         """Puts this request's three wrappers on ``p``."""
@@ -176,6 +176,7 @@ class Request:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
         own = p.sampler.sample_img2img
+        self._complete()  # of a batch whose own pictures did not come
         with ExitStack() as guided:
             run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
             self.runs.append(run)
@@ -237,16 +238,21 @@ class Request:
 
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it."""
-        if self.settings.film != "noising":
-            self.finals.setdefault(self.p.iteration, []).append(picture.copy())
+        if self.settings.film == "noising":
+            return
+        self.finals.append(picture.copy())
+        if len(self.finals) == len(self.p.prompts):
+            self._complete()
 
     def _complete(self) -> None:
         """Finishes what waited for the host's own pictures. The host swallows errors here, so they are said."""
-        for number, showing in enumerate(self.showings):
+        finals, self.finals = self.finals, []
+        for showing in self.showings:
             try:
-                showing.complete(self.finals.get(number, []))
+                showing.complete(finals)
             except Exception as error:
                 comment(self.p, f"the film is not whole: {type(error).__name__}: {error}")
+        self.showings.clear()
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""

@@ -49,9 +49,9 @@ def sample(batch: Batch, plan: Plan, start: Tensor | None, guide: Guide | None, 
         if guide is None:
             return function(model, x, **options)
         with untouched_draws():
-            calls = first_calls(function, model, x, **options)
+            sigmas = options.pop("sigmas")
+            calls = first_calls(function, model, x, sigmas, **options)
         weights = {index - plan.start: c for index, c in guide.weights.items()}
-        sigmas = options.pop("sigmas")
         level = guide.level
         return sample_guided(function, model, x, sigmas, weights, lambda i: level(i + plan.start), calls, **options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ..core.inversion import kin
@@ -14,7 +15,7 @@ from .filing import ENDINGS
 from .host.guiding import sampler_function
 from .host.page import output_folder
 from .host.request import refiner
-from .host.schedule import get_sigmas, has_sigmas, img2img_steps, prediction_type
+from .host.schedule import get_sigmas, has_sigmas, img2img_steps, is_inpainting_model, prediction_type
 
 
 def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | None:
@@ -30,6 +31,7 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     if "animation" in settings.output:
         _check_format(settings)
     _check_sampler(p, settings, sampler)
+    _check_onward(p, settings, sampler)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
     if set(settings.output) - SAMPLING:
@@ -54,7 +56,7 @@ def _check_sampler(p: Any, settings: Settings, sampler: Any) -> None:
     mode, driving = settings.mode, settings.mode != "noise"
     if not has_sigmas(sampler):
         if settings.samples or driving:
-            needs = "output: init" if settings.samples else f"mode: {mode}"
+            needs = f"output: {_sampling_output(settings)}" if settings.samples else f"mode: {mode}"
             raise ValueError(
                 f"{needs} needs a sampler with a sigma schedule, and {p.sampler_name!r} has timesteps; "
                 "choose a k-diffusion sampler (Euler, DPM++, Heun, LMS, ...)"
@@ -67,6 +69,32 @@ def _check_sampler(p: Any, settings: Settings, sampler: Any) -> None:
         kin(sampler_function(sampler), settings.solver)
     elif mode == "replay":
         check_function(sampler.func)
+
+
+def _sampling_output(settings: Settings) -> str:
+    """The first wanted output for which img2img samples."""
+    return next(name for name in settings.output if name in SAMPLING)
+
+
+def _check_onward(p: Any, settings: Settings, sampler: Any) -> None:
+    """What guide and film need of the sampler, and a map of the mask."""
+    listens = settings.samples and settings.film != "noising"
+    if "guide" in settings.output or listens:
+        needs = "output: guide" if "guide" in settings.output else f"film: {settings.film}"
+        if "sigmas" not in inspect.signature(sampler.func).parameters:
+            raise ValueError(
+                f"{needs} needs a sampler that walks the schedule; {p.sampler_name!r} chooses its own steps"
+            )
+    if not settings.maps:
+        return
+    if getattr(p, "image_mask", None) is None and getattr(p, "nmask", None) is None:
+        raise ValueError("guide_weight: 'map' needs an inpaint mask, which it reads as a map of strengths")
+    if getattr(p, "inpainting_fill", 1) != 1:
+        raise ValueError("guide_weight: 'map' needs masked content 'original'; the others put something else there")
+    if getattr(p, "inpaint_full_res", False):
+        raise ValueError("guide_weight: 'map' needs inpaint area 'whole picture'; 'only masked' crops the map")
+    if is_inpainting_model(p.sd_model):
+        raise ValueError(f"guide_weight: 'map' does not go with an inpainting checkpoint ({p.sd_model_name})")
 
 
 def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:

@@ -29,6 +29,12 @@ def prediction_type(model: Any) -> str:
     return "v" if "V_PREDICTION" in kinds or getattr(model, "parameterization", "eps") == "v" else "eps"
 
 
+def is_inpainting_model(model: Any) -> bool:
+    """Whether a model is also shown the mask and the masked picture."""
+    inner = getattr(model, "model", None)
+    return bool(getattr(model, "is_inpaint", False)) or getattr(inner, "conditioning_key", None) in ("hybrid", "concat")
+
+
 def make_sampler(p: Any) -> Any:
     """The sampler that the host will make for this request."""
     return sd_samplers.create_sampler(p.sampler_name, p.sd_model)

@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,9 @@ class StableDiffusionProcessingImg2Img:
     do_not_save_grid: bool = False
     init_images: list = None
     image_mask: Any = None
+    mask_round: bool = True
+    inpainting_fill: int = 1
+    inpaint_full_res: bool = False
     resize_mode: int = 0
     disable_extra_networks: bool = False
     eta: float = 1.0
@@ -195,6 +199,9 @@ def process_images(p):
                 p.batch_index = i
                 array = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
+                pp = SimpleNamespace(image=image)
+                p.scripts.postprocess_image_after_composite(p, pp)
+                image = pp.image
                 if save:
                     images.save_image(image, p.outpath_samples, "", p.seeds[i], p.prompts[i], info=text, p=p)
                 output.append(image)

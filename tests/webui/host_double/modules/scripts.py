@@ -17,6 +17,9 @@ class Script:
     def process(self, p, *args):
         pass
 
+    def postprocess_image_after_composite(self, p, pp, *args):
+        pass
+
     def postprocess(self, p, processed, *args):
         pass
 
@@ -52,3 +55,6 @@ class ScriptRunner:
 
     def postprocess(self, p, processed):
         self.call("postprocess", p, processed)
+
+    def postprocess_image_after_composite(self, p, pp):
+        self.call("postprocess_image_after_composite", p, pp)

@@ -6,7 +6,13 @@ from k_diffusion import sampling
 from modules import sd_samplers_common, shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
 
-SECOND_ORDER = ("sample_heun", "sample_dpm_2", "sample_dpmpp_2s_ancestral", "sample_dpmpp_sde")
+SECOND_ORDER = (
+    "sample_heun",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_sde",
+)
 
 
 class Hijack:
