@@ -20,11 +20,12 @@ from . import driven, onward, refusals, saved
 from .driven import Batch, Inverted, Plan
 from .film import Film
 from .host.draws import HostDraws
-from .host.progress import next_job, stopped
+from .host.progress import add_jobs, next_job, stopped
 from .host.request import comment
 from .host.saving import temporary_file
 from .host.schedule import get_sigmas, guiding_timestep, img2img_steps, prediction_type
 from .onward import Guide, StrengthMap
+from .sweep import Sweep
 
 
 class BatchRun:
@@ -46,6 +47,7 @@ class BatchRun:
         self.inverted: Inverted | None = None
         self.recording: Recording | None = None
         self.film: Film | None = None
+        self.sweep: Sweep | None = None
         self._stack = ExitStack()
         self.found: tuple[Tensor, Tensor, Plan] | None = None
 
@@ -72,6 +74,10 @@ class BatchRun:
         if not plan.own_start:
             overrides = f"end at step {plan.start} overrides the denoising strength"
             comment(self.p, f"{overrides}: starts at step {plan.start} of {plan.total}")
+        if "strength sweep" in self.wanted:
+            self._sweep_below(batch, plan)
+            if stopped():
+                return x
         return self._sample_from(batch, plan)
 
     def _plan(self) -> Plan:
@@ -109,6 +115,16 @@ class BatchRun:
             more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
             comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")
 
+    def _sweep_below(self, batch: Batch, plan: Plan) -> None:
+        """Samples from every kept level below the noisiest first, each as img2img at that strength would."""
+        self.sweep = Sweep(self.p, plan, self.settings)
+        if self.p.iteration == 0:
+            add_jobs(len(self.sweep.indices) * self.p.n_iter)
+        by_noise = self.settings.mode == "noise" and self.file is None
+        own = by_noise and self.settings.noise == "shared" and not self.settings.normalize
+        held = None if own else dict(self.walk())
+        self.sweep.sample(batch, None if held is None else held.__getitem__)
+
     def _sample_from(self, batch: Batch, plan: Plan) -> Tensor:
         """img2img's own sampling, from z at its start level, drawn towards the levels and filmed as wanted."""
         if self.map is not None and self.map.largest == 0:
@@ -128,7 +144,7 @@ class BatchRun:
         by_noise = self.settings.mode == "noise" and self.file is None
         if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
             return None
-        if "init" not in self.wanted and plan.own_start:
+        if not self.wanted & {"init", "strength sweep"} and plan.own_start:
             return None
         *_, (_, z) = self.walk()
         return z

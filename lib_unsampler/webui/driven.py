@@ -65,6 +65,11 @@ class Batch:
         """The request's own (positive, negative) conditions."""
         return self.conditioning, self.unconditional_conditioning
 
+    def sample_at(self, total: int, index: int) -> Tensor:
+        """The host's own sampling from another level of its schedule of ``total`` steps."""
+        with start_at(self.p, total, index) as steps:
+            return self.own(self.p, self.x, self.noise, *self.conds, steps, self.image_conditioning)
+
     def sample(
         self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None
     ) -> Tensor:

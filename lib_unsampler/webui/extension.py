@@ -238,7 +238,7 @@ class Request:
 
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it."""
-        if self.settings.film == "noising":
+        if self.settings.film == "noising" and "strength sweep" not in self.wanted:
             return
         self.finals.append(picture.copy())
         if len(self.finals) == len(self.p.prompts):
@@ -251,7 +251,7 @@ class Request:
             try:
                 showing.complete(finals)
             except Exception as error:
-                comment(self.p, f"the film is not whole: {type(error).__name__}: {error}")
+                comment(self.p, f"film or sweep: not whole: {type(error).__name__}: {error}")
         self.showings.clear()
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:

@@ -11,12 +11,15 @@ from PIL import Image
 
 from ..settings import INFOTEXT_PREFIX
 from .host.page import preferences
-from .host.request import comment
+from .host.request import attribute, comment
 from .host.saving import infotext, kept_file, moving_item, save_file, save_picture, saved_item
 from .reply import Item, Reply
 
 Submit = Callable[..., None]
 """A background's ``submit(size, then, work, *arguments)``."""
+
+
+SUFFIXES = {"animation": "-unsampling", "sweep animation": "-sweep"}
 
 
 class Naming:
@@ -50,6 +53,17 @@ class Naming:
         elif shown:
             self._put("frame", Item(picture, text, note))
 
+    def swept(self, picture: Image.Image, image: int, entry: Mapping[str, Any], suffix: str, save: bool) -> None:
+        """A picture sampled from a level: its parameters are plain img2img's at the strength that starts there."""
+        ours = [key for key in self._p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]
+        plain = {key: value for key, value in self._p.extra_generation_params.items() if key not in ours}
+        with attribute(self._p, "extra_generation_params", {**plain, "Denoising strength": entry["strength"]}):
+            text = infotext(self._p, image, {})
+        picture.info["parameters"] = text
+        if save:
+            picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
+        self._put("sweep", Item(picture, text, {"image": self._number(image), **entry}))
+
     def picture(
         self,
         kind: str,
@@ -66,15 +80,17 @@ class Naming:
             picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
-    def animation(self, file: Path, poster: Image.Image, image: int, form: str, save: bool) -> None:
+    def animation(
+        self, file: Path, poster: Image.Image, image: int, form: str, save: bool, kind: str = "animation"
+    ) -> None:
         """A finished animation in a temporary file; ``poster`` is its last frame, ``form`` its format."""
         text = self.texts[image]
         if save:
-            file = save_file(self._p, file, poster, image, text, "-unsampling", preferences().animation_folder)
+            file = save_file(self._p, file, poster, image, text, SUFFIXES[kind], preferences().animation_folder)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
-        note = {"kind": "animation", "image": self._number(image), "format": form}
-        self._put("animation", Item(moving_item(self._p, file, save, poster, text), text, note))
+        note = {"kind": kind, "image": self._number(image), "format": form}
+        self._put(kind, Item(moving_item(self._p, file, save, poster, text), text, note))
 
     def latents(self, file: Path, named: Image.Image) -> None:
         """A finished latents file; asked for by name, so it is kept also where samples are not saved."""

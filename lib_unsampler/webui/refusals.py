@@ -34,7 +34,7 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     _check_onward(p, settings, sampler)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
-    if set(settings.output) - SAMPLING:
+    if set(settings.output) - (SAMPLING - {"strength sweep"}):
         _check_work(p, settings, most)
     return None
 
@@ -115,7 +115,8 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
 
 def _check_work(p: Any, settings: Settings, most: int) -> None:
     total, end = asked_steps(p, settings)
-    frames = -(-max(1, total - end) // settings.step_increment) + settings.include_clean
+    levels = -(-max(1, total - end) // settings.step_increment)
+    frames = levels + settings.include_clean + levels * ("strength sweep" in settings.output)
     images = p.batch_size * p.n_iter
     megapixels = frames * images * p.width * p.height / 1e6
     if megapixels > most:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("animation", "contact sheet", "sigma curve", "report", "frame")
+KINDS = ("animation", "sweep animation", "contact sheet", "sigma curve", "report", "frame", "sweep")
 """What the reply holds, in its order."""
 
 

@@ -46,19 +46,19 @@ class Showing:
         self._stack = ExitStack()
         self._filing: Filing | None = None
         self._last: Tensor | None = None
+        self._sweep = run.sweep
 
     def make(self) -> None:
         """Files every level as it comes, then the film; all but a film is finished at once."""
         run = self._run
-        if not run.wanted - SAMPLING and not self._settings.report:
-            return
         try:
-            self._file_levels()
+            if run.wanted - SAMPLING or self._settings.report:
+                self._file_levels()
         except BaseException:
             self.close()
             raise
         if not self._filmed:
-            self.complete([])
+            self._finish_levels([])
 
     def _file_levels(self) -> None:
         noising = self._shown and (not self._filmed or self._settings.film == "both")
@@ -93,7 +93,13 @@ class Showing:
         self._progress = progress
 
     def complete(self, finals: Sequence[Image.Image]) -> None:
-        """Finishes the files, with the host's own pictures at a film's end."""
+        """Finishes what ends with the host's own pictures: a film, and the strength sweep."""
+        self._finish_levels(finals)
+        sweep, self._sweep = self._sweep, None
+        if sweep is not None:
+            sweep.file(self._reply, self._saves(), finals, self._x.device)
+
+    def _finish_levels(self, finals: Sequence[Image.Image]) -> None:
         filing, self._filing = self._filing, None
         if filing is None:
             return
@@ -111,7 +117,7 @@ class Showing:
 
     def close(self) -> None:
         """Forgets what is not finished."""
-        self._filing = None
+        self._filing = self._sweep = None
         self._stack.close()
 
     def _scene(self) -> Scene:

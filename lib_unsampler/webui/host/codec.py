@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modules import devices, images, processing, shared
+from modules import devices, images, processing, scripts, shared
 from PIL import Image
 from torch import Tensor
 
@@ -42,6 +42,29 @@ def decodable(latents: Tensor) -> int:
 def free_memory() -> None:
     """Gives back what the GPU keeps for reuse."""
     devices.torch_gc()
+
+
+def finished(p: Any, samples: Tensor) -> list[Image.Image]:
+    """A batch's pictures as the host makes its own of what was sampled: mask, colours and overlay included.
+
+    What other extensions do to finished pictures is theirs, and is not in these.
+    """
+    if p.mask is not None:
+        blended = samples * p.nmask + p.init_latent * p.mask
+        if hasattr(p.scripts, "on_mask_blend"):  # soft inpainting
+            told = scripts.MaskBlendArgs(samples, p.nmask, p.init_latent, p.mask, blended)
+            p.scripts.on_mask_blend(p, told)
+            blended = told.blended_latent
+        samples = blended
+    pictures = []
+    for index, decoded in enumerate(decode(p, samples)):
+        values = 255.0 * torch.clamp((decoded.float() + 1.0) / 2.0, min=0.0, max=1.0)
+        picture = Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype("uint8"))  # cut, not rounded
+        corrections = getattr(p, "color_corrections", None) or []
+        if index < len(corrections):
+            picture = processing.apply_color_correction(corrections[index], picture)
+        pictures.append(overlaid(p, picture, index))
+    return pictures
 
 
 def overlaid(p: Any, picture: Image.Image, index: int) -> Image.Image:

@@ -29,6 +29,28 @@ def untouched_generators() -> Iterator[None]:
                 del rng.nv_rng
 
 
+def _image_rng(p: Any, shape: tuple[int, ...]) -> Any:
+    """Generators built as the host builds its own for the present batch, nothing drawn yet."""
+    return rng.ImageRNG(
+        shape,
+        p.seeds,
+        subseeds=p.subseeds,
+        subseed_strength=p.subseed_strength,
+        seed_resize_from_h=p.seed_resize_from_h,
+        seed_resize_from_w=p.seed_resize_from_w,
+    )
+
+
+@contextmanager
+def drawn_once(p: Any) -> Iterator[None]:
+    """Has the request draw as it does after img2img's own noise, draw 0; afterwards everything is as it was."""
+    with untouched_generators():
+        fresh = _image_rng(p, p.rng.shape)
+        fresh.next()
+        with attribute(p, "rng", fresh):
+            yield
+
+
 class HostDraws:
     """The noise draws of one batch, from generators built as the host builds its own.
 
@@ -40,14 +62,7 @@ class HostDraws:
         """``first`` is the noise handed to the sampler, with shape (B, C, H, W)."""
         self._first = first
         self._scale = getattr(p, "initial_noise_multiplier", None)
-        self._rng = rng.ImageRNG(
-            tuple(first.shape[1:]),
-            p.seeds,
-            subseeds=p.subseeds,
-            subseed_strength=p.subseed_strength,
-            seed_resize_from_h=p.seed_resize_from_h,
-            seed_resize_from_w=p.seed_resize_from_w,
-        )
+        self._rng = _image_rng(p, tuple(first.shape[1:]))
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:

@@ -65,6 +65,19 @@ def img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
     return total, total - t_enc - 1
 
 
+def strength_of(total: int, start: int) -> float:
+    """The denoising strength of the fewest decimals at which img2img starts at a level of ``total`` steps.
+
+    The host's ``int(min(strength, 0.999) * steps)`` is ``total - start - 1`` (*img2img steps exactly* off).
+    """
+    wanted = total - start - 1
+    for decimals in range(1, 9):
+        for strength in (round(wanted / total + 0.5 / total, decimals), round((wanted + 0.1) / total, decimals)):
+            if 0 <= strength <= 1 and int(min(strength, 0.999) * total) == wanted:
+                return strength
+    return (wanted + 0.5) / total
+
+
 @contextmanager
 def start_at(p: Any, total: int, start: int) -> Iterator[int]:
     """Has img2img's own arithmetic start at another level of a schedule of ``total`` steps.

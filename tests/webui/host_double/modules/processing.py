@@ -197,7 +197,7 @@ def process_images(p):
             save = p.save_samples()
             for i, picture in enumerate(torch.stack(list(decoded))):
                 p.batch_index = i
-                array = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+                array = (255.0 * ((picture + 1) / 2).clamp(0, 1)).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
                 pp = SimpleNamespace(image=image)
                 p.scripts.postprocess_image_after_composite(p, pp)
