@@ -194,6 +194,7 @@ class Counted:
         self.images = 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoiser's answer, in the precision of x."""
         self.images += len(x)
         return self._model(x.to(self._dtype), sigma.to(self._dtype)).to(x)
 

@@ -283,6 +283,7 @@ class SeededDraws:
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
+        """The j-th draw of every image."""
         if j < self._next:
             raise ValueError(f"draw {j} was already taken (next is {self._next})")
         drawn = torch.empty((len(self._generators), *self._shape), device=self._device)

@@ -139,6 +139,7 @@ class Request:
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
     def restore(self) -> None:
+        """Gives the request its own grid setting back."""
         self.p.do_not_save_grid = self._own_grid
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
