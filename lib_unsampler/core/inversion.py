@@ -268,7 +268,8 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y, past = self._source.cpu().double(), []
+        y = self._source.cpu().double()
+        past: list[tuple[Tensor, Tensor]] = []
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]

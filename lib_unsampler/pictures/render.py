@@ -151,7 +151,7 @@ def _letters(text: str, size: int) -> Image.Image:
     letters = font(size)
     left, _, right, _ = letters.getbbox(text)
     _, low, _, deep = letters.getbbox("Ag0")
-    mask = Image.new("L", (max(1, right - left), max(1, deep - low)))
+    mask = Image.new("L", (max(1, int(right - left)), max(1, int(deep - low))))
     ImageDraw.Draw(mask).text((-left, -low), text, fill=255, font=letters)
     if hasattr(letters, "path"):
         return mask
