@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import install
+
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = {
     "ruff check": ["-m", "ruff", "check"],
@@ -76,3 +78,13 @@ def test_one_wrong_import_breaks_its_contract(contract: str, file: str, arrow: s
     changed.write_text(f"{changed.read_text(encoding='utf-8')}\n\ndef late() -> None:\n    {arrow}\n", encoding="utf-8")
     status, said = run("lint-imports", tmp_path)
     assert status == 1 and f"{contract} BROKEN" in said, said
+
+
+def test_the_workflow_runs_the_two_commands_under_every_python() -> None:
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["test"]
+    (_, oldest), (_, newest) = install.OLDEST, install.NEWEST
+    assert job["strategy"]["matrix"]["python"] == [f"3.{minor}" for minor in range(oldest, newest + 1)]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["python install.py demo", "python install.py test"]
