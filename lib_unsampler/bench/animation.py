@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from ..pictures import animation
+from ..pictures.progression import Scene
 from ..pictures.timing import Timing
 from ..settings import Settings
 from ..standalone import running
@@ -38,8 +39,9 @@ def levels_of_noise(frames: int, side: int) -> list[Image.Image]:
     settings = Settings(steps=frames - 1)
     photograph = Image.open(PHOTOGRAPH).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     source = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None] / 127.5 - 1
-    steps = running.progression(source, running.plan_levels(settings), settings, None)
-    return [step.picture for step in steps]
+    plan = running.plan_levels(settings)
+    scene = Scene(source, plan.schedule, "eps", settings.view)
+    return [frame.pictures[0] for frame in running.shown(running.noised(source, plan, settings), scene, settings)]
 
 
 def film(name: str) -> list[Image.Image]:

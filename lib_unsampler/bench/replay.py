@@ -23,7 +23,7 @@ from ..core.inversion import invert
 from ..core.noising import SeededDraws, unsample
 from ..core.replay import record, replay
 from ..core.schedule import levels
-from ..standalone import running, sampling
+from ..standalone import reading, sampling
 from ..standalone.embedded import Denoiser, guided, make_model
 from ._report import Report
 
@@ -120,7 +120,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Every method on every model at every guidance scale."""
-    source = running.load_picture(PICTURE, SIZE)
+    source = reading.load_picture(PICTURE, SIZE)
     sigmas = sampling.get_sigmas("karras", STEPS, "eps")
     cases = [(model, name) for model in MODELS for name in METHODS]
     records = [measure(name, model, scale, source, sigmas) for model, name in cases for scale in SCALES]

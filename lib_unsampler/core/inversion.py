@@ -107,6 +107,24 @@ class Level:
     converged: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """The levels of a batch that a model walked backwards.
+
+    Attributes:
+        levels: Every visited level that was reached, least noisy first.
+        estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
+    """
+
+    levels: tuple[Level, ...]
+    estimates: Mapping[int, Tensor]
+
+    def kept(self, plan: Levels) -> Iterator[tuple[int, Tensor]]:
+        """The kept levels that were reached, as (schedule index, z in float32)."""
+        wanted = set(plan.kept)
+        return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
+
+
 Visit = Callable[[Level], None]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,42 @@ class Trajectory:
     def remaining(self) -> Tensor:
         """The schedule from the hand-off level to 0."""
         return self.schedule[self.start :]
+
+
+def of_walk(
+    schedule: Tensor,
+    indices: Sequence[int],
+    z: Tensor,
+    source: Tensor,
+    prediction: str,
+    *,
+    mask: Tensor | None,
+    last: Tensor,
+    **about: Any,
+) -> Trajectory:
+    """The trajectory of a walk through a schedule.
+
+    Arguments:
+        schedule: The whole descending schedule, with shape (n + 1).
+        indices: The kept levels' schedule indices, least noisy first.
+        z: Their latents or only an outline of them, with shape (L, B, C, [T,] H, W).
+        source: Clean latents with shape (B, C, [T,] H, W).
+        prediction: ``eps``, ``v`` or ``flow``.
+        mask: Weights that broadcast against the source, or None.
+        last: The noisiest level, unmasked.
+        about: Its other attributes.
+    """
+    return Trajectory(
+        z=z,
+        sigmas=schedule[list(indices)],
+        schedule=schedule,
+        start=indices[-1],
+        source=source.cpu(),
+        prediction=prediction,
+        mask=None if mask is None else mask.cpu().float(),
+        handoff=None if mask is None else last.cpu(),
+        **about,
+    )
 
 
 def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:

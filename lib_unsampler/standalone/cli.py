@@ -196,7 +196,7 @@ def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]
     names = _unique_names(pictures)
     written = [{k: _own_path(k, v, name) for k, v in targets.items()} if many else targets for name in names]
     _check_written(written, pictures + ([inputs["mask"]] if inputs["mask"] else []))
-    from . import running
+    from . import reading, running
 
     settings = parse(values, "cli")
     if "resample" in targets or settings.mode == "replay":
@@ -206,8 +206,8 @@ def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]
     running.plan_levels(settings)
     each = [parse({**values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
     for picture, own, paths in zip(pictures, each, written):
-        source = running.load_picture(picture, inputs["size"] or 512)
-        mask = running.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
+        source = reading.load_picture(picture, inputs["size"] or 512)
+        mask = reading.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
         for line in running.unsample_picture(source, own, running.Targets(**paths), mask):
             note(f"{picture}: {line}")
         _report(paths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,17 +18,13 @@ from .embedded import Denoiser
 
 
 @dataclass(frozen=True, eq=False)
-class WalkBack:
+class WalkBack(inversion.Walked):
     """A picture's inversion.
 
     Attributes:
-        levels: Every visited level, least noisy first.
-        estimates: The model's D(z) of the kept levels, by schedule index; empty where no panel is wanted.
         sampler: The sampler that was inverted.
     """
 
-    levels: tuple[Level, ...]
-    estimates: Mapping[int, Tensor]
     sampler: str
 
 

@@ -6,7 +6,7 @@ loaded, guided, previewed and interrupted as in the host's own sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import replay
 from ..core.fingerprint import fingerprint
-from ..core.inversion import CALLS, Level, kin
+from ..core.inversion import CALLS, Level, Walked, kin
 from ..core.inversion import invert as invert_
 from ..core.noising import Draw, unsample
 from ..core.replay import Recording
@@ -76,25 +76,16 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Inverted:
-    """The levels of a batch that the model walked backwards, least noisy first.
+class Inverted(Walked):
+    """A batch that the model walked backwards.
 
     Attributes:
-        source: The clean latents they start from.
-        levels: Every visited level that was reached.
-        estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
+        source: The clean latents it started from.
         back: The noisiest level sampled back under the same prompts, for reports; else None.
     """
 
     source: Tensor
-    levels: tuple[Level, ...]
-    estimates: Mapping[int, Tensor]
     back: Tensor | None
-
-    def kept(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-        """The kept levels that were reached, as (schedule index, z in float32)."""
-        wanted = set(plan.levels.kept)
-        return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
 
     def told(self) -> list[dict[str, Any]]:
         """What each level cost and how near it came, as plain values."""
@@ -171,7 +162,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
 
     batch.sample(plan, body, conds)
     progress.done()
-    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
+    return Inverted(tuple(reached), estimates, batch.x, back[0] if back else None)
 
 
 class _Inpainting:

@@ -7,23 +7,16 @@ what fails later from ``p.save_samples``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import __version__
-from ..core.inversion import Level, unconverged
-from ..core.noising import blend, walk
-from ..core.replay import Recording
-from ..core.schedule import levels
 from ..core.trajectory import Trajectory
-from ..pictures import render
-from ..pictures.roundtrip import measured
 from ..settings import (
     INFOTEXT_PREFIX,
     VERSION_KEY,
@@ -33,22 +26,18 @@ from ..settings import (
     surface_fields,
     to_infotext,
 )
-from . import driven, refusals, saved, shelf
-from .driven import Batch, Plan
-from .filing import Filing, Reply
-from .host.codec import Decoded, decodable, decode, encoded_picture, free_memory, overlaid
-from .host.draws import HostDraws
-from .host.guiding import starting_from
+from . import refusals, shelf
+from .batch import BatchRun
+from .driven import Batch
+from .host.codec import Decoded
 from .host.page import field_defaults, output_folder, preferences
-from .host.progress import Progress, add_jobs, next_job, stopped
+from .host.progress import add_jobs
 from .host.request import RefusedError, attribute, comment, selected_script
 from .host.saving import put_first
-from .host.schedule import get_sigmas, has_sigmas, img2img_steps, make_sampler, prediction_type
+from .host.schedule import has_sigmas, make_sampler
+from .reply import Reply
 
 PATCHED = ("init", "sample", "save_samples")
-PICTURES = {"frames", "animation", "contact sheet"}
-"""Outputs that need every level decoded."""
-
 HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
@@ -112,7 +101,7 @@ def _refuse(p: Any, message: str) -> None:
 
 
 class Request:
-    """The run of one request over all its batches."""
+    """One request over all its batches: what is hung on ``p``, what the batches made, what is handed over."""
 
     def __init__(self, p: Any, settings: Settings) -> None:
         self.p = p
@@ -139,7 +128,7 @@ class Request:
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
     def restore(self) -> None:
-        """Gives the request its own grid setting back."""
+        """Gives ``p`` back what is no wrapper."""
         self.p.do_not_save_grid = self._own_grid
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,16 +151,14 @@ class Request:
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
-        self._batch: tuple[Tensor, Tensor, Plan] | None = None
-        self._inverted: driven.Inverted | None = None
-        self._recording: Recording | None = None
         own = p.sampler.sample_img2img
+        run = BatchRun(p, self.settings, self.saved, self.reply, self._save_samples)
         if p.iteration == 0:
             jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - {"init"}))
             add_jobs(jobs * p.n_iter)
 
         def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
-            return self._start(Batch(own, *args, **kwargs))
+            return self._start(run, Batch(own, *args, **kwargs))
 
         try:
             with attribute(p.sampler, "sample_img2img", sample_img2img):
@@ -179,170 +166,36 @@ class Request:
         except BaseException:
             detach(p)
             raise
-        try:
-            if self._batch is None and self.error is None:
-                raise RefusedError(
-                    f"Batch Unsampler: {self.script or 'another extension'} samples in its own way, "
-                    "past img2img's; untick one of the two"
-                )
-            if self.error is None:
-                self._make(*self._batch)
-        except Exception as error:
-            self.error = error
+        self._make(run)
         if self.settings.samples and self.error is None:
             return samples
         shape = (3, p.height, p.width)
         return Decoded(torch.zeros(shape) for _ in p.prompts)
 
-    def plan(self) -> Plan:
-        """The levels of the host's schedule, or of the latents file, that this request asks for."""
-        p, settings = self.p, self.settings
-        total, end = refusals.asked_steps(p, settings)
-        if self.saved is not None:
-            return saved.plan(self.saved, total, end if settings.samples else None)
-        walked = levels(get_sigmas(p, p.sampler, total), end, settings.step_increment)
-        prediction = prediction_type(p.sd_model)
-        return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == img2img_steps(p))
-
-    def _start(self, batch: Batch) -> Tensor:
-        """In place of the sampler's ``sample_img2img``: lets the model drive, then samples from there."""
-        x = batch.x
+    def _start(self, run: BatchRun, batch: Batch) -> Tensor:
+        """The host swallows nothing here, but must clean up after its sampling: what fails is raised later."""
         try:
-            if x.ndim > 4 and x.shape[2] > 1:
-                raise ValueError("videos are not supported, only pictures")
-            plan = self.plan()
-            batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
-            if self.saved is not None:
-                batch = self._resumed(batch)
-            self._batch = (batch.x, batch.noise, plan)
-            self._drive(batch, plan)
-            if self._inverted is not None or self._recording is not None:
-                next_job()
-            if not self.settings.samples or stopped():
-                return x
-            if not plan.own_start:
-                overrides = f"end at step {plan.start} overrides the denoising strength"
-                comment(self.p, f"{overrides}: starts at step {plan.start} of {plan.total}")
-            return self._sample_from(batch, plan)
+            return run.start(batch)
         except ValueError as error:
             self.error = RefusedError(f"Batch Unsampler: {error}")
         except Exception as error:
             self.error = error
-        return x
+        return batch.x
 
-    def _resumed(self, batch: Batch) -> Batch:
-        """The batch with the latents file's source in place of its own."""
-        if self.saved.source.shape[1:] != batch.x.shape[1:] or len(self.saved.source) not in (1, len(batch.x)):
-            shapes = f"{tuple(self.saved.source.shape)}, not {tuple(batch.x.shape)}"
-            raise ValueError(f"trajectory: {self.settings.trajectory!r} does not fit: its latents' shape is {shapes}")
-        return replace(batch, x=self.saved.source.to(batch.x).expand_as(batch.x).clone())
-
-    def _drive(self, batch: Batch, plan: Plan) -> None:
-        """What needs the model's calls before any frame or latent is there."""
-        if self.settings.mode == "invert":
-            self._inverted = driven.invert(batch, plan, self.settings)
-            self._batch = (self._inverted.source, batch.noise, plan)
-            self.inversions.append(self._inverted.told())
-            self._say_unconverged(self._inverted.levels)
-        elif self.settings.mode == "replay" and self.saved is not None:
-            self._recording = self.saved.replay
-        elif self.settings.mode == "replay" and self.wanted & {"init", "latents"}:
-            self._recording = driven.record(batch, plan, HostDraws(self.p, batch.noise), self.settings)
-
-    def _say_unconverged(self, walked: Sequence[Level]) -> None:
-        missed = unconverged(list(walked))
-        if missed:
-            more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
-            comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")
-
-    def _sample_from(self, batch: Batch, plan: Plan) -> Tensor:
-        """img2img's own sampling, from z at its start level."""
-        if self._recording is not None:
-            return driven.sample_replayed(batch, plan, self._recording, self.settings.skip)
-        by_noise = self.settings.mode == "noise" and self.saved is None
-        if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
-            return batch.sample(plan)
-        *_, (_, z) = self._walk()
-        with starting_from(self.p.sampler, z):
-            return batch.sample(plan)
-
-    def _walk(self) -> Iterator[tuple[int, Tensor]]:
-        """Every kept level, least noisy first, as (schedule index, z)."""
-        x, noise, plan = self._batch
-        if self.saved is not None:
-            return saved.walk(self.saved, plan, x)
-        if self._inverted is not None:
-            return self._inverted.kept(plan)
-        kind = "independent" if self.settings.mode == "replay" else self.settings.noise
-        draws = HostDraws(self.p, noise)
-        return walk(x, plan.levels, draws, kind, plan.prediction, self.settings.normalize)
-
-    def _make(self, x: Tensor, noise: Tensor, plan: Plan) -> None:
-        """Walks one batch; its levels are decoded in chunks and filed as they come."""
-        shown = bool(self.wanted & PICTURES)
-        if not self.wanted - {"init"} and not self.settings.report:
+    def _make(self, run: BatchRun) -> None:
+        if self.error is not None:
             return
-        begins_clean = shown and self.settings.include_clean
-        progress = Progress(len(plan.levels.kept) + begins_clean, own_job=self.settings.samples, writes=True)
-        mask, last = getattr(self.p, "nmask", None), None
-        seen = self._inverted.estimates if self._inverted is not None and self.settings.panel else None
-
-        def levels() -> Iterator[tuple[int | None, Tensor]]:
-            """Schedule index (None: the source) and what to decode."""
-            nonlocal last
-            if begins_clean:
-                yield None, x if seen is None else torch.cat([x, x, x])
-            for number, (index, z) in enumerate(self._walk(), 1):
-                if stopped():
-                    return
-                last, sigma, masked = z, plan.levels.schedule[index], blend(z, x, mask)
-                filing.level(index, masked)
-                if shown or (index == plan.start and not self.settings.samples):
-                    view = render.viewed(masked, x, mask, sigma, plan.prediction, self.settings.view)
-                    yield index, view if seen is None else torch.cat([x, view, seen[index].to(x)])
-                else:
-                    progress.step(number, None)
-
-        with self._filing(plan) as filing:
-            decoded = render.in_chunks(levels(), self._decode, decodable(x), free_memory)
-            for number, ((index, _), pictures) in enumerate(decoded, 1):
-                filing.pictures(index, pictures)
-                progress.step(number, pictures[-1])
-            progress.writing()
-            if last is None:
-                filing.abandon()  # interrupted before there was any noise
-            else:
-                filing.finish(self._save_samples(), x, mask, last, self._recording)
-                self._report(filing, plan)
-        progress.done()
-
-    def _report(self, filing: Filing, plan: Plan) -> None:
-        """Compares what was sampled back with the source, where that was asked for and reached."""
-        inverted = self._inverted
-        if inverted is None or inverted.back is None:
-            return
-        pictures = self._decode([(None, inverted.source), (None, inverted.back.to(inverted.source))])
-        for image, (source, back) in enumerate(zip(*pictures)):
-            latents = (inverted.back[image], inverted.source[image])
-            encoded = encoded_picture(self.p, image)
-            trip = measured(inverted.levels, image, latents, (back, source), encoded, self.settings.tolerance)
-            filing.report(image, trip, self._save_samples())
-
-    def _filing(self, plan: Plan) -> Filing:
         try:
-            return Filing(self.p, self.settings, plan, self.reply, self._save_samples())
-        except ValueError as error:
-            raise RefusedError(f"Batch Unsampler: {error}") from None
-
-    def _decode(self, levels: list[tuple[int | None, Tensor]]) -> list[list[Image.Image]]:
-        """The pictures of each level, one for each image, put back into their surroundings."""
-        latents = torch.cat([view for _, view in levels])
-        pictures = render.to_pictures(torch.stack(decode(self.p, latents)))
-        count = len(self.p.prompts)
-        every = [overlaid(self.p, picture, number % count) for number, picture in enumerate(pictures)]
-        size = len(every) // len(levels)  # more than count where each image has a panel
-        panels = [every[start : start + size] for start in range(0, len(every), size)]
-        return [[render.beside(panel[image::count]) for image in range(count)] for panel in panels]
+            if not run.started:
+                raise RefusedError(
+                    f"Batch Unsampler: {self.script or 'another extension'} samples in its own way, "
+                    "past img2img's; untick one of the two"
+                )
+            if run.inverted is not None:
+                self.inversions.append(run.inverted.told())
+            run.make()
+        except Exception as error:
+            self.error = error
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""

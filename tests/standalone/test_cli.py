@@ -30,7 +30,7 @@ from lib_unsampler.settings import SAMPLERS, allowed, surface_fields
 from lib_unsampler.standalone import running
 from lib_unsampler.standalone.cli import main, make_parser
 from lib_unsampler.standalone.embedded import GaussianPrior, make_model
-from lib_unsampler.standalone.running import load_mask, load_picture
+from lib_unsampler.standalone.reading import load_mask, load_picture
 from lib_unsampler.standalone.sampling import STOCHASTIC, get_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -57,7 +57,19 @@ def forget_host() -> None:
 
     for name in [m for m in sys.modules if m.split(".")[0] == "modules"]:
         del sys.modules[name]
-    for name in ("axes", "saved", "extension", "refusals", "driven", "filing", "host", "ui"):
+    for name in (
+        "axes",
+        "batch",
+        "saved",
+        "extension",
+        "refusals",
+        "driven",
+        "filing",
+        "naming",
+        "reply",
+        "host",
+        "ui",
+    ):
         vars(webui).pop(name, None)
         for module in [m for m in sys.modules if f"{m}.".startswith(f"lib_unsampler.webui.{name}.")]:
             del sys.modules[module]

@@ -1,8 +1,7 @@
 """Every field of Batch Unsampler, once: type, bounds, default and help.
 
 The command line, the accordion, the API, infotext and the README's table all read this file,
-so a bound or a help text can not differ between them. Standard library only: `--help` and
-parse errors must come without importing torch.
+so a bound or a help text can not differ between them.
 
 A surface is where a field can be set: ``cli`` (the command line over the embedded models) or
 ``host`` (the WebUI's accordion and API, where sampler, seed and prompts are img2img's own).
@@ -10,12 +9,7 @@ A surface is where a field can be set: ``cli`` (the command line over the embedd
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any
 
 SAMPLERS = (
@@ -33,6 +27,8 @@ SAMPLERS = (
     "dpmpp_2m_sde",
     "dpmpp_3m_sde",
 )
+
+
 STOCHASTIC = (
     "euler_ancestral",
     "dpm_2_ancestral",
@@ -42,21 +38,25 @@ STOCHASTIC = (
     "dpmpp_3m_sde",
 )
 """Those that add noise at each step, by sigma space's rule: what replay needs."""
+
+
 SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
+
+
 MODELS = ("gaussian", "gaussian-flow", "mixture")
+
+
 OUTPUTS = ("frames", "animation", "contact sheet", "sigma curve", "latents", "init")
+
+
 FORMATS = ("gif", "webp", "apng", "mp4")
+
+
 BOTH = ("cli", "host")
+
+
 TITLE = "Batch Unsampler"
 """The script's name in the WebUI's page and API."""
-
-
-class SettingsError(ValueError):
-    """All that is wrong with a request: ``errors`` holds one sentence per bad field."""
-
-    def __init__(self, errors: Sequence[str]) -> None:
-        self.errors = list(errors)
-        super().__init__("; ".join(self.errors))
 
 
 def option(
@@ -394,228 +394,3 @@ def allowed(f: Any) -> str:
         return "text"
     number = "a whole number" if kind is int else "a number"
     return f"{number} from {low:g} to {high:g}" if high < 1e15 else f"{number} from {low:g} to 2^63 - 1"
-
-
-def convert(f: Any, value: Any) -> Any:
-    """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
-    kind = type(f.default)
-    if kind is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
-            raise ValueError
-        wanted = {p.strip() for p in parts}
-        if not wanted or wanted - set(f.metadata["choices"]):
-            raise ValueError
-        return tuple(c for c in f.metadata["choices"] if c in wanted)
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return {"true": True, "false": False}[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError
-    elif isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python would read 1_0 as 10
-        raise ValueError
-    elif kind is int:
-        value = int(value) if isinstance(value, (str, int)) else _whole(value)
-    else:
-        value = float(value)
-    _check_bounds(f, value)
-    return value
-
-
-def read(f: Any, value: Any) -> Any:
-    """``value`` as the field's type, like :func:`convert`.
-
-    Raises:
-        SettingsError: naming the field, the value and what is allowed.
-    """
-    try:
-        return convert(f, value)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        raise SettingsError([f"{f.name}: {value!r} is not {allowed(f)}"]) from None
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, float) or not value.is_integer():
-        raise ValueError
-    return int(value)
-
-
-def _check_bounds(f: Any, value: Any) -> None:
-    low, high, choices = (f.metadata[k] for k in ("minimum", "maximum", "choices"))
-    if choices is not None and value not in choices:
-        raise ValueError
-    if low is not None and not (math.isfinite(value) and low <= value <= high):
-        raise ValueError
-
-
-def _read_all(values: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Each value as its field's type, and a sentence for each that is unknown or not allowed."""
-    good, errors = {}, []
-    for name, value in values.items():
-        if name not in known:
-            errors.append(f"{name}: unknown field (known: {', '.join(known)})")
-            continue
-        try:
-            good[name] = read(known[name], value)
-        except SettingsError as error:
-            errors += error.errors
-    return good, errors
-
-
-def parse_preferences(values: Mapping[str, Any]) -> Preferences:
-    """Preferences from what the WebUI keeps of them.
-
-    Raises:
-        SettingsError: naming each one that its bounds do not allow, as the Settings tab shows it.
-    """
-    good, errors = _read_all(values, {f.name: f for f in fields(Preferences)})
-    if errors:
-        raise SettingsError([f"Settings, {TITLE}: {error}" for error in errors])
-    return Preferences(**good)
-
-
-def parse(values: Mapping[str, Any], surface: str) -> Settings:
-    """Settings from a mapping of field names, for one surface.
-
-    Raises:
-        SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
-    """
-    good, errors = _read_all(values, {f.name: f for f in surface_fields(surface)})
-    if "init" in good.get("output", ()) and good.get("steps", 0) != 0:
-        errors.append(f"steps: {good['steps']} is not 0, which init needs (its levels are img2img's own)")
-    errors += _contradictions(good) + _check_replay(good, surface)
-    if errors:
-        raise SettingsError(errors)
-    if good.get("mode") == "replay":
-        good["noise"] = "independent"
-    return Settings(**good)
-
-
-def _contradictions(read: Mapping[str, Any]) -> list[str]:
-    """What does not go with the mode: a mode's own fields in another, or noise where the model makes it."""
-    inverts = read.get("mode", Settings.mode) == "invert"
-    errors = []
-    if inverts and read.get("noise", "shared") != "shared":
-        errors.append(f"noise: {read['noise']!r} is not shared; with mode invert the model makes the noise")
-    if inverts and read.get("normalize", False):
-        errors.append("normalize: true does not go with mode invert, whose noise would no longer be the model's")
-    for name in ("panel", "report"):
-        if read.get(name, False) and not inverts:
-            errors.append(f"{name}: true needs mode invert")
-    if read.get("mode") == "replay" and read.get("noise") == "path":
-        errors.append("noise: 'path' is not independent, which every level of mode replay is")
-    if read.get("trajectory"):
-        if inverts:
-            errors.append("trajectory: a file's levels go with mode noise or replay, not with invert")
-        names = ["steps", "end_at_step", "step_increment", "normalize"]
-        for name in names if read.get("mode") == "replay" else [*names, "noise"]:
-            default = Settings.__dataclass_fields__[name].default
-            if read.get(name, default) != default:
-                errors.append(f"{name}: {read[name]!r} does not go with trajectory, whose levels are the file's")
-    if read.get("mode") != "replay" and read.get("skip", 0):
-        errors.append(f"skip: {read['skip']} needs mode replay")
-    return errors
-
-
-def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
-    """In the host the sampler is img2img's own, and known later."""
-    sampler = read.get("sampler", Settings.sampler)
-    if read.get("mode") != "replay" or surface != "cli" or sampler in STOCHASTIC:
-        return []
-    return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
-
-
-def named(args: Sequence[Any], surface: str) -> dict[str, Any]:
-    """An always-on script's arguments by name, ``enabled`` among them; nothing is checked but their number.
-
-    ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
-    names the script wants it), or positional: enabled, then the surface's fields in order.
-    """
-    args = list(args)
-    if args and isinstance(args[0], Mapping):
-        return {"enabled": True, **args[0]}
-    names = ["enabled", *(f.name for f in surface_fields(surface))]
-    if len(args) > len(names):
-        raise SettingsError([f"args: {len(args)} values where at most {len(names)} are known"])
-    return {"enabled": False, **dict(zip(names, args))}
-
-
-def parse_args(
-    args: Sequence[Any], surface: str, defaults: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[bool, Settings]:
-    """``(enabled, settings)`` from an always-on script's arguments, as :func:`named` takes them.
-
-    Arguments:
-        defaults: Values of fields that are left out, where they are not the fields' own defaults.
-    """
-    values = {**defaults, **named(args, surface)}
-    enabled = values.pop("enabled")
-    if not isinstance(enabled, bool):
-        raise SettingsError([f"enabled: {enabled!r} is not true or false"])
-    return enabled, (parse(values, surface) if enabled else Settings())
-
-
-INFOTEXT_PREFIX = "Unsampler "
-SIZE = re.compile(r"\d+x\d+$")
-
-
-def infotext_key(f: Any) -> str:
-    """The name of a field in an image's generation parameters."""
-    return INFOTEXT_PREFIX + f.name.replace("_", " ")
-
-
-def _plain(value: Any) -> str:
-    """A value as text that comes back whole from the host's parameters.
-
-    The host strips text, takes quotes off and splits ``512x512`` in two: a text that it would change
-    is written as a JSON list of one.
-    """
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    text = str(value)
-    odd = text != text.strip() or not text.isprintable() or text.startswith(('"', '["')) or SIZE.match(text)
-    return json.dumps([text]) if odd or not text else text
-
-
-def _whole_text(text: str) -> str:
-    """The text that :func:`_plain` wrote."""
-    if not (text.startswith('["') and text.endswith('"]')):
-        return text
-    try:
-        (read,) = json.loads(text)
-    except ValueError:
-        return text
-    return read
-
-
-def to_infotext(settings: Settings, surface: str) -> dict[str, str]:
-    """The fields that differ from their defaults, for the image's generation parameters."""
-    pairs = ((f, getattr(settings, f.name)) for f in surface_fields(surface))
-    return {infotext_key(f): _plain(v) for f, v in pairs if v != f.default}
-
-
-def from_infotext(params: Mapping[str, str], surface: str) -> Settings:
-    """The settings that :func:`to_infotext` wrote; absent keys are defaults.
-
-    Raises:
-        SettingsError: if a value was edited into something the field does not allow.
-    """
-    keys = {infotext_key(f): f.name for f in surface_fields(surface)}
-    return parse({keys[k]: _whole_text(str(v)) for k, v in params.items() if k in keys}, surface)
-
-
-VERSION_KEY = INFOTEXT_PREFIX + "version"
-"""Written into every image's parameters while the extension is enabled, whatever the settings."""
-
-
-def pasted(params: Mapping[str, str], surface: str) -> dict[str, Any] | None:
-    """Every field's value from pasted generation parameters; None if they are not ours or were edited wrong."""
-    if VERSION_KEY not in params:
-        return None
-    try:
-        settings = from_infotext(params, surface)
-    except SettingsError:
-        return None
-    return {f.name: getattr(settings, f.name) for f in surface_fields(surface)}

@@ -1,0 +1,180 @@
+"""From what a user gave to settings: every value as its field's type, or all that is wrong with it at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any
+
+from .fields import STOCHASTIC, TITLE, Preferences, Settings, allowed, surface_fields
+
+
+class SettingsError(ValueError):
+    """All that is wrong with a request: ``errors`` holds one sentence per bad field."""
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        self.errors = list(errors)
+        super().__init__("; ".join(self.errors))
+
+
+def convert(f: Any, value: Any) -> Any:
+    """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
+    kind = type(f.default)
+    if kind is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
+            raise ValueError
+        wanted = {p.strip() for p in parts}
+        if not wanted or wanted - set(f.metadata["choices"]):
+            raise ValueError
+        return tuple(c for c in f.metadata["choices"] if c in wanted)
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError
+    elif isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python would read 1_0 as 10
+        raise ValueError
+    elif kind is int:
+        value = int(value) if isinstance(value, (str, int)) else _whole(value)
+    else:
+        value = float(value)
+    _check_bounds(f, value)
+    return value
+
+
+def read(f: Any, value: Any) -> Any:
+    """``value`` as the field's type, like :func:`convert`.
+
+    Raises:
+        SettingsError: naming the field, the value and what is allowed.
+    """
+    try:
+        return convert(f, value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise SettingsError([f"{f.name}: {value!r} is not {allowed(f)}"]) from None
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, float) or not value.is_integer():
+        raise ValueError
+    return int(value)
+
+
+def _check_bounds(f: Any, value: Any) -> None:
+    low, high, choices = (f.metadata[k] for k in ("minimum", "maximum", "choices"))
+    if choices is not None and value not in choices:
+        raise ValueError
+    if low is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ValueError
+
+
+def _read_all(values: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Each value as its field's type, and a sentence for each that is unknown or not allowed."""
+    good, errors = {}, []
+    for name, value in values.items():
+        if name not in known:
+            errors.append(f"{name}: unknown field (known: {', '.join(known)})")
+            continue
+        try:
+            good[name] = read(known[name], value)
+        except SettingsError as error:
+            errors += error.errors
+    return good, errors
+
+
+def parse_preferences(values: Mapping[str, Any]) -> Preferences:
+    """Preferences from what the WebUI keeps of them.
+
+    Raises:
+        SettingsError: naming each one that its bounds do not allow, as the Settings tab shows it.
+    """
+    good, errors = _read_all(values, {f.name: f for f in fields(Preferences)})
+    if errors:
+        raise SettingsError([f"Settings, {TITLE}: {error}" for error in errors])
+    return Preferences(**good)
+
+
+def parse(values: Mapping[str, Any], surface: str) -> Settings:
+    """Settings from a mapping of field names, for one surface.
+
+    Raises:
+        SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
+    """
+    good, errors = _read_all(values, {f.name: f for f in surface_fields(surface)})
+    if "init" in good.get("output", ()) and good.get("steps", 0) != 0:
+        errors.append(f"steps: {good['steps']} is not 0, which init needs (its levels are img2img's own)")
+    errors += _contradictions(good) + _check_replay(good, surface)
+    if errors:
+        raise SettingsError(errors)
+    if good.get("mode") == "replay":
+        good["noise"] = "independent"
+    return Settings(**good)
+
+
+def _contradictions(read: Mapping[str, Any]) -> list[str]:
+    """What does not go with the mode: a mode's own fields in another, or noise where the model makes it."""
+    inverts = read.get("mode", Settings.mode) == "invert"
+    errors = []
+    if inverts and read.get("noise", "shared") != "shared":
+        errors.append(f"noise: {read['noise']!r} is not shared; with mode invert the model makes the noise")
+    if inverts and read.get("normalize", False):
+        errors.append("normalize: true does not go with mode invert, whose noise would no longer be the model's")
+    for name in ("panel", "report"):
+        if read.get(name, False) and not inverts:
+            errors.append(f"{name}: true needs mode invert")
+    if read.get("mode") == "replay" and read.get("noise") == "path":
+        errors.append("noise: 'path' is not independent, which every level of mode replay is")
+    if read.get("trajectory"):
+        if inverts:
+            errors.append("trajectory: a file's levels go with mode noise or replay, not with invert")
+        names = ["steps", "end_at_step", "step_increment", "normalize"]
+        for name in names if read.get("mode") == "replay" else [*names, "noise"]:
+            default = Settings.__dataclass_fields__[name].default
+            if read.get(name, default) != default:
+                errors.append(f"{name}: {read[name]!r} does not go with trajectory, whose levels are the file's")
+    if read.get("mode") != "replay" and read.get("skip", 0):
+        errors.append(f"skip: {read['skip']} needs mode replay")
+    return errors
+
+
+def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
+    """In the host the sampler is img2img's own, and known later."""
+    sampler = read.get("sampler", Settings.sampler)
+    if read.get("mode") != "replay" or surface != "cli" or sampler in STOCHASTIC:
+        return []
+    return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
+
+
+def named(args: Sequence[Any], surface: str) -> dict[str, Any]:
+    """An always-on script's arguments by name, ``enabled`` among them; nothing is checked but their number.
+
+    ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
+    names the script wants it), or positional: enabled, then the surface's fields in order.
+    """
+    args = list(args)
+    if args and isinstance(args[0], Mapping):
+        return {"enabled": True, **args[0]}
+    names = ["enabled", *(f.name for f in surface_fields(surface))]
+    if len(args) > len(names):
+        raise SettingsError([f"args: {len(args)} values where at most {len(names)} are known"])
+    return {"enabled": False, **dict(zip(names, args))}
+
+
+def parse_args(
+    args: Sequence[Any], surface: str, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[bool, Settings]:
+    """``(enabled, settings)`` from an always-on script's arguments, as :func:`named` takes them.
+
+    Arguments:
+        defaults: Values of fields that are left out, where they are not the fields' own defaults.
+    """
+    values = {**defaults, **named(args, surface)}
+    enabled = values.pop("enabled")
+    if not isinstance(enabled, bool):
+        raise SettingsError([f"enabled: {enabled!r} is not true or false"])
+    return enabled, (parse(values, surface) if enabled else Settings())

@@ -1,0 +1,41 @@
+"""What one request hands over to the page and the API, gathered over all its batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+KINDS = ("animation", "contact sheet", "sigma curve", "report", "frame")
+"""What the reply holds, in its order."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in the reply: what the host shows, its generation parameters, and what is said of it."""
+
+    shown: Any
+    text: str
+    note: dict[str, Any]
+
+
+@dataclass
+class Reply:
+    """The results of a request.
+
+    Attributes:
+        limit: Frames that it holds at most; the others are only saved.
+        items: What the gallery and the API get, by kind.
+        stand_ins: The noisiest frame of each image, for who takes one picture for each.
+        latents: Paths of the latents files.
+        sigmas: The kept levels that were made, least noisy first.
+    """
+
+    limit: int
+    items: dict[str, list[Item]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    stand_ins: list[Item] = field(default_factory=list)
+    latents: list[str] = field(default_factory=list)
+    sigmas: list[float] = field(default_factory=list)
+
+    def every(self) -> list[Item]:
+        """All items, in order."""
+        return [item for kind in KINDS for item in self.items[kind]]
