@@ -105,7 +105,7 @@ class Guided:
 
     def __init__(
         self,
-        model: Any,
+        model: Callable[..., Tensor],
         calls: Sequence[int | None],
         weights: Mapping[int, Weight],
         level: Callable[[int], Tensor],
