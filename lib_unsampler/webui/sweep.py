@@ -1,4 +1,4 @@
-"""The strength sweep: a picture sampled from every kept level, as img2img makes it at the strength that starts there."""
+"""The strength sweep: a picture from every kept level, as img2img makes it at the strength that starts there."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .host.codec import finished
 from .host.draws import drawn_once
 from .host.guiding import running
 from .host.progress import Progress, next_job, stopped
+from .host.request import comment
 from .host.saving import temporary_file
 from .host.schedule import strength_of
 from .naming import Naming
@@ -44,12 +45,25 @@ class Sweep:
             level: z of a schedule index; None where the host's own start state is z.
         """
         for index in self.indices:
-            with drawn_once(self._p), self._started(level, index):
-                samples = batch.sample_at(self._plan.total, index)
+            samples = self._sampled(batch, level, index)
             if stopped():
                 return
-            self._made.append((index, samples.cpu()))
+            if samples is not None:
+                self._made.append((index, samples.cpu()))
             next_job()
+
+    def _sampled(self, batch: Batch, level: Callable[[int], Tensor] | None, index: int) -> Tensor | None:
+        """The samples from one level; None where only one step is left and k-diffusion's function fails at that."""
+        try:
+            with drawn_once(self._p), self._started(level, index):
+                return batch.sample_at(self._plan.total, index)
+        except UnboundLocalError:
+            if index != self._plan.levels.visited[0]:
+                raise
+            comment(
+                self._p, f"strength sweep: {self._p.sampler_name} cannot sample the last step alone; it is left out"
+            )
+            return None
 
     def _started(self, level: Callable[[int], Tensor] | None, index: int) -> Any:
         if level is None:
