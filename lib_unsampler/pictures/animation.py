@@ -119,7 +119,8 @@ class Animation:
 
     def _show(self, blob: bytes, seconds: float) -> None:
         if self._container is None:
-            self._container = self._format(self._part, self._size, self._text, self._timing.plays)
+            timing = self._timing
+            self._container = self._format(self._part, self._size, self._text, timing.plays, timing.mean())
             self._container.begin()
         self._container.add(blob, self._ticks.next(seconds))
 
