@@ -78,6 +78,8 @@ FACTS = {
         "save_samples = p.save_samples(",
         "p.batch_index = i",
         "p.height // opt_f, p.width // opt_f)",
+        "opt_f = 8",
+        "image = images.flatten(img, opts.img2img_background_color)",
         "p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
         "seed_resize_from_w=p.seed_resize_from_w)",
         "x = self.rng.next()",

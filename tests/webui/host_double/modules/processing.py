@@ -9,8 +9,11 @@ from PIL import Image
 from modules import extra_networks, images, prompt_parser, rng, sd_samplers, shared
 
 
+opt_f = 8
+
+
 class Model:
-    """A codec in place of a VAE: the latent is the picture at 1/8 size, with a fourth channel."""
+    """A codec in place of a VAE: the latent is the picture at 1/opt_f size, with a fourth channel."""
 
     parameterization = "eps"
 
@@ -19,14 +22,14 @@ class Model:
 
 
 def encode(picture):
-    small = torch.nn.functional.avg_pool2d(picture, 8)
+    small = torch.nn.functional.avg_pool2d(picture, opt_f)
     return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
 
 def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
     if check_for_nans and torch.isnan(batch).any():
         raise RuntimeError("NaN in the latents")
-    return [torch.nn.functional.interpolate(z[None, :3], scale_factor=8)[0] for z in batch]
+    return [torch.nn.functional.interpolate(z[None, :3], scale_factor=opt_f)[0] for z in batch]
 
 
 def uncrop(image, dest_size, paste_loc):
@@ -120,7 +123,8 @@ class StableDiffusionProcessingImg2Img:
 
     def init(self, all_prompts, all_seeds, all_subseeds):
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
-        pictures = [np.asarray(i.resize((self.width, self.height))) for i in self.init_images]
+        flat = [images.flatten(i, shared.opts.img2img_background_color) for i in self.init_images]
+        pictures = [np.asarray(i.resize((self.width, self.height))) for i in flat]
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
         if len(pictures) == 1:
             batch = batch.repeat(self.batch_size, 1, 1, 1)
