@@ -32,7 +32,7 @@ from .driven import Batch
 from .host.codec import Decoded
 from .host.page import field_defaults, output_folder, preferences
 from .host.progress import add_jobs
-from .host.request import RefusedError, attribute, comment, selected_script
+from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
 from .reply import Reply
@@ -42,8 +42,13 @@ HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
 def attach(p: Any, args: Sequence[Any]) -> None:
-    """Prepares a request from the script's arguments; never raises, since the host would swallow it."""
+    """Prepares a request from the script's arguments; never raises, since the host would swallow it.
+
+    Another script's inner request is left alone: it wants img2img's own picture.
+    """
     detach(p)
+    if is_inner(p):
+        return
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
@@ -57,25 +62,31 @@ def attach(p: Any, args: Sequence[Any]) -> None:
 
 
 def finish(p: Any, processed: Any) -> None:
-    """Hands the request's results over and takes everything off it again."""
+    """Hands the request's results over and takes everything off it again; off a copy, it does no more."""
     request = vars(p).get("batch_unsampler")
     detach(p)
-    if request is not None:
+    if request is not None and request.p is p:
         request.hand_over(processed)
 
 
 def detach(p: Any) -> None:
-    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops)."""
+    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops, and scripts copy it)."""
     request = vars(p).pop("batch_unsampler", None)
     for name in PATCHED:
         _unpatch(p, name)
     if request is not None:
-        request.restore()
+        p.do_not_save_grid = request.own_grid
 
 
 def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
+    """Hangs a function on ``p`` in the place of its method; a copy of ``p`` that is processed goes without."""
+
     def patched(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        processed = next(iter(running()), p)
+        if processed is p:
+            return function(*args, **kwargs)
+        own = patched.before or getattr(type(processed), name).__get__(processed)
+        return own(*args, **kwargs)
 
     patched.batch_unsampler = True
     patched.before = vars(p).get(name)  # another script's own patch, if there is one
@@ -120,16 +131,12 @@ class Request:
         p = self.p
         p.batch_unsampler = self
         self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
-        self._own_grid = p.do_not_save_grid
+        self.own_grid = p.do_not_save_grid
         p.do_not_save_grid = p.do_not_save_grid or not self.settings.samples
         for name in PATCHED:
             _patch(p, name, getattr(self, f"on_{name}"))
         p.extra_generation_params[VERSION_KEY] = __version__
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
-
-    def restore(self) -> None:
-        """Gives ``p`` back what is no wrapper."""
-        self.p.do_not_save_grid = self._own_grid
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""

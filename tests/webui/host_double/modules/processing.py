@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modules import extra_networks, images, prompt_parser, rng, sd_samplers, shared
-
+from modules import extra_networks, images, prompt_parser, rng, scripts, sd_samplers, shared
 
 opt_f = 8
 
@@ -170,7 +169,8 @@ def process_images(p):
     p.all_prompts, p.all_seeds = [p.prompt] * count, [p.seed + i for i in range(count)]
     p.all_subseeds = [p.subseed + i for i in range(count)]
     p.sd_model_name = "double"
-    p.scripts.process(p)
+    if p.scripts is not None:
+        p.scripts.process(p)
     output, texts = [], []
     with torch.no_grad():
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
@@ -199,10 +199,15 @@ def process_images(p):
                 p.batch_index = i
                 array = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
+                if p.scripts is not None:
+                    pp = scripts.PostprocessImageArgs(image)
+                    p.scripts.postprocess_image(p, pp)
+                    image = pp.image
                 if save:
                     images.save_image(image, p.outpath_samples, "", p.seeds[i], p.prompts[i], info=text, p=p)
                 output.append(image)
                 texts.append(text)
     res = Processed(p, output, info=texts[0] if texts else "", infotexts=texts)
-    p.scripts.postprocess(p, res)
+    if p.scripts is not None:
+        p.scripts.postprocess(p, res)
     return res
