@@ -50,6 +50,10 @@ class Timing:
         """A frame's own seconds, without holds."""
         return max(SHORTEST, self.durations[frame])
 
+    def mean(self) -> float:
+        """A frame's own seconds, without holds, on average."""
+        return sum(map(self.seconds, range(len(self.durations)))) / len(self.durations)
+
     def longest(self) -> float:
         """No frame is shown for longer."""
         return max(self.durations, default=0.0) + self.hold_first + self.hold_last

@@ -35,7 +35,7 @@ from .driven import Batch
 from .host.codec import Decoded
 from .host.page import field_defaults, output_folder, preferences
 from .host.progress import add_jobs
-from .host.request import RefusedError, attribute, comment, selected_script
+from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
 from .onward import StrengthMap
@@ -47,8 +47,13 @@ HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
 def attach(p: Any, args: Sequence[Any]) -> None:
-    """Prepares a request from the script's arguments; never raises, since the host would swallow it."""
+    """Prepares a request from the script's arguments; never raises, since the host would swallow it.
+
+    Another script's inner request is left alone: it wants img2img's own picture.
+    """
     detach(p)
+    if is_inner(p):
+        return
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
@@ -69,27 +74,33 @@ def take(p: Any, picture: Image.Image) -> None:
 
 
 def finish(p: Any, processed: Any) -> None:
-    """Hands the request's results over and takes everything off it again."""
+    """Hands the request's results over and takes everything off it again; off a copy, it does no more."""
     request = vars(p).get("batch_unsampler")
     try:
-        if request is not None:
+        if request is not None and request.p is p:
             request.hand_over(processed)
     finally:
         detach(p)
 
 
 def detach(p: Any) -> None:
-    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops)."""
+    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops, and scripts copy it)."""
     request = vars(p).pop("batch_unsampler", None)
     for name in PATCHED:
         _unpatch(p, name)
     if request is not None:
-        request.restore()
+        request.restore(p)
 
 
 def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
+    """Hangs a function on ``p`` in the place of its method; a copy of ``p`` that is processed goes without."""
+
     def patched(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+        processed = next(iter(running()), p)
+        if processed is p:
+            return function(*args, **kwargs)
+        own = patched.before or getattr(type(processed), name).__get__(processed)
+        return own(*args, **kwargs)
 
     patched.batch_unsampler = True
     patched.before = vars(p).get(name)  # another script's own patch, if there is one
@@ -147,13 +158,14 @@ class Request:
         p.extra_generation_params[VERSION_KEY] = __version__
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
-    def restore(self) -> None:
-        """Gives ``p`` back what is no wrapper."""
-        self.p.do_not_save_grid = self._own_grid
+    def restore(self, p: Any) -> None:
+        """Gives ``p``, or a copy of it, back what is no wrapper; what is not finished is forgotten with ``p``."""
+        p.do_not_save_grid = self._own_grid
         if self._own_rounding is not None:
-            self.p.mask_round = self._own_rounding
-        for part in (*self.showings, *self.runs):
-            part.close()
+            p.mask_round = self._own_rounding
+        if p is self.p:
+            for part in (*self.showings, *self.runs):
+                part.close()
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""

@@ -24,6 +24,7 @@ from ..pictures.reel import Reel, evenly
 from ..pictures.roundtrip import RoundTrip
 from ..settings import Settings
 from .driven import Plan
+from .host.codec import factor
 from .host.request import comment
 from .host.saving import temporary_file
 from .host.schedule import timestep
@@ -154,7 +155,7 @@ class Filing:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
             trajectory.save(self._trajectory(source, mask, last, recording), self._latents, self._kept)
-            size = (8 * source.shape[-1], 8 * source.shape[-2])
+            size = (factor() * source.shape[-1], factor() * source.shape[-2])
             self._naming.latents(self._latents, self._last[0] if self._last else Image.new("RGB", size))
         self._say_what_is_missing(save)
 

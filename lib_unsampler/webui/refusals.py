@@ -12,6 +12,7 @@ from ..pictures.animation import check_format
 from ..settings import SAMPLING, TITLE, Settings
 from . import saved, shelf
 from .filing import ENDINGS
+from .host.codec import factor
 from .host.guiding import sampler_function
 from .host.page import output_folder
 from .host.request import refiner
@@ -107,7 +108,8 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
         raise ValueError(f"trajectory: {name!r} holds no noises to replay; it was not made with mode replay")
     images = len(p.init_images) if len(p.init_images) > 1 else p.batch_size
     schedule = get_sigmas(p, sampler, img2img_steps(p)[0]) if settings.samples else None
-    why = saved.refusal(file, prediction_type(p.sd_model), images, (p.height // 8, p.width // 8), schedule)
+    size = (p.height // factor(), p.width // factor())
+    why = saved.refusal(file, prediction_type(p.sd_model), images, size, schedule, factor())
     if why:
         raise ValueError(f"trajectory: {name!r} does not fit: {why}")
     return file

@@ -14,7 +14,7 @@ from .driven import Plan
 
 
 def refusal(
-    saved: Trajectory, prediction: str, images: int, size: tuple[int, int], schedule: Tensor | None
+    saved: Trajectory, prediction: str, images: int, size: tuple[int, int], schedule: Tensor | None, factor: int
 ) -> str | None:
     """Why a trajectory cannot be used, if it cannot.
 
@@ -23,17 +23,22 @@ def refusal(
         images: Images in each batch of the request; a file of one picture serves each of them.
         size: Height and width of its latents.
         schedule: The schedule that sampling goes on with, with shape (n + 1); None where nothing is sampled.
+        factor: How many times as long as its latents' a picture's side is.
     """
     if saved.prediction != prediction:
         return f"it is from a model of type {saved.prediction}, and the loaded one is of type {prediction}"
     height, width = saved.source.shape[-2:]
     if (height, width) != size or len(saved.source) not in (1, images):
-        held, asked = f"{len(saved.source)} of {8 * width} x {8 * height}", f"{images} of {8 * size[1]} x {8 * size[0]}"
+        held = f"{len(saved.source)} of {factor * width} x {factor * height}"
+        asked = f"{images} of {factor * size[1]} x {factor * size[0]}"
         return f"it holds other pictures: {held}, and a batch of this request is {asked}"
     if schedule is not None and not _same(saved.schedule, schedule):
+        held, asked = _said(saved.schedule), _said(schedule)
+        if held == asked:
+            held, asked = _apart(saved.schedule, schedule)
         return (
-            f"it was made on another schedule: {_said(saved.schedule)}, and this sampler, scheduler, steps and "
-            f"denoising strength give {_said(schedule)}"
+            f"it was made on another schedule: {held}, and this sampler, scheduler, steps and "
+            f"denoising strength give {asked}"
         )
     return None
 
@@ -45,6 +50,13 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _said(schedule: Tensor) -> str:
     return f"{len(schedule) - 1} steps from sigma {float(schedule[0]):.4g} to {float(schedule[-2]):.4g}"
+
+
+def _apart(one: Tensor, other: Tensor) -> tuple[str, str]:
+    """Two schedules of one length by the level at which they differ most, each number in full."""
+    one, other = one.cpu().float(), other.cpu().float()
+    step = int(((one - other).abs() / one.abs().maximum(other.abs()).clamp(1e-6)).argmax())
+    return f"sigma {float(one[step]):.9g} at step {step}", f"sigma {float(other[step]):.9g} there"
 
 
 def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:

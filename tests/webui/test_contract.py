@@ -48,7 +48,15 @@ SAME_SIGNATURE = {
     "sd_samplers_common.py": ["setup_img2img_steps"],
     "sd_samplers_kdiffusion.py": ["KDiffusionSampler.get_sigmas", "KDiffusionSampler.sample_img2img"],
     "sd_samplers_timesteps.py": ["CompVisSampler.get_timesteps", "CompVisSampler.sample_img2img"],
-    "scripts.py": ["Script.title", "Script.ui", "Script.show", "Script.process", "Script.postprocess"],
+    "scripts.py": [
+        "Script.title",
+        "Script.ui",
+        "Script.show",
+        "Script.process",
+        "Script.postprocess_image",
+        "Script.postprocess",
+        "ScriptRunner.postprocess_image",
+    ],
 }
 """Functions whose double has the host's parameters. The double keeps two host files in one here and there."""
 
@@ -75,9 +83,13 @@ FACTS = {
     "sd_samplers_timesteps.py": ["alphas_cumprod = shared.sd_model.alphas_cumprod"],
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
+        "def process_images(p: StableDiffusionProcessing)",
+        "res = process_images_inner(p)",
         "save_samples = p.save_samples(",
         "p.batch_index = i",
         "p.height // opt_f, p.width // opt_f)",
+        "opt_f = 8",
+        "image = images.flatten(img, opts.img2img_background_color)",
         "p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
         "seed_resize_from_w=p.seed_resize_from_w)",
         "x = self.rng.next()",

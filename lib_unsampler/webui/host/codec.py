@@ -16,6 +16,11 @@ class Decoded(list[Any]):
     already_decoded = True
 
 
+def factor() -> int:
+    """How many times as long as its latents' a picture's side is, by the loaded model's autoencoder."""
+    return int(processing.opt_f)
+
+
 def decode(p: Any, latents: Tensor) -> list[Tensor]:
     """Latents of shape (B, C, H, W) to pictures in [-1, 1] of shape (3, H, W), as the host's settings say."""
     with torch.no_grad():
@@ -35,7 +40,7 @@ def decodable(latents: Tensor) -> int:
     if devices.device.type != "cuda":
         return 1
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    pixels = 64 * latents.shape[-1] * latents.shape[-2] * len(latents)
+    pixels = factor() ** 2 * latents.shape[-1] * latents.shape[-2] * len(latents)
     return int(min(MOST_AT_ONCE, max(1, 0.7 * free / (DECODER_BYTES * pixels * devices.dtype_vae.itemsize))))
 
 
@@ -79,7 +84,8 @@ def encoded_picture(p: Any, image: int) -> Image.Image | None:
     """The picture that an image's latents were encoded from; None where the host encoded a part of it."""
     if getattr(p, "image_mask", None) is not None or not p.init_images:
         return None
-    picture = p.init_images[image % len(p.init_images)].convert("RGB")
     if p.resize_mode == 3:  # the host resizes the latents
         return None
+    background = shared.opts.img2img_background_color
+    picture = images.flatten(p.init_images[image % len(p.init_images)], background)
     return images.resize_image(p.resize_mode, picture, p.width, p.height)

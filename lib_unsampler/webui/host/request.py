@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from fastapi import HTTPException
-from modules import shared
+from modules import processing, shared
 
 from ...settings import TITLE
 
@@ -34,6 +35,29 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+def running() -> list[Any]:
+    """The requests that the host is processing in this thread, the innermost first.
+
+    The call stack tells: there is nothing to be remembered that an error could leave standing.
+    """
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "process_images" and frame.f_globals.get("__name__") == processing.__name__:
+            found.append(frame.f_locals.get("p"))
+        frame = frame.f_back
+    return found
+
+
+def is_inner(p: Any) -> bool:
+    """Whether a request is another script's own, made while the host processes the user's.
+
+    ADetailer and loopbacks among the extensions make such, of copies too, and ADetailer calls every script's
+    hooks with a copy that is never processed.
+    """
+    requests = running()
+    return getattr(p, "_ad_inner", False) or len(requests) > 1 or (bool(requests) and requests[0] is not p)
 
 
 def selected_script(p: Any) -> str | None:

@@ -1,6 +1,6 @@
 import os
 
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
 
 
 def save_image(
@@ -30,6 +30,14 @@ def save_image(
     image.save(name, pnginfo=text)
     image.already_saved_as = name
     return name, None
+
+
+def flatten(img, bgcolor):
+    if img.mode == "RGBA":
+        background = Image.new("RGBA", img.size, bgcolor)
+        background.paste(img, mask=img)
+        img = background
+    return img.convert("RGB")
 
 
 def resize_image(resize_mode, im, width, height):

@@ -57,6 +57,7 @@ opts = Options(
     randn_source="CPU",
     eta_noise_seed_delta=0,
     img2img_fix_steps=False,
+    img2img_background_color="#ffffff",
     img2img_extra_noise=0.0,
     samples_save=True,
     samples_format="png",
