@@ -20,18 +20,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import naming, spool, whole
-from .noising import PREDICTIONS
 from .replay import Recording
+from .soundness import DTYPES, bad_values, misfits
 
 FORMAT = "batch-unsampler-trajectory"
 VERSION = 1
-TENSORS = ("z", "sigmas", "schedule", "source")
+BARE_TENSORS = ("z", "sigmas", "schedule", "source")
 MASK_TENSORS = ("mask", "handoff")
 REPLAY_TENSORS = ("states", "maps", "residual")
 
 
 class TrajectoryError(ValueError):
-    """A file that is not a whole, known trajectory, or tensors that do not fit together."""
+    """A file that is not a whole, known trajectory, or tensors that do not fit together or hold what none can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Trajectory:
     Attributes:
         z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
         sigmas: The levels' sigmas, rising, with shape (L).
-        schedule: The whole descending schedule the levels are from, ending in 0, with shape (n + 1).
+        schedule: The whole descending schedule the levels are from, with shape (n + 1); it ends where sampling
+            ends, at 0 or above.
         start: The index in ``schedule`` of the noisiest level, where sampling goes on.
         source: The clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
@@ -69,33 +70,9 @@ class Trajectory:
     info: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        shape, count = tuple(self.source.shape), len(self.schedule)
-        if self.prediction not in PREDICTIONS:
-            raise TrajectoryError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
-        if self.source.ndim not in (4, 5) or self.z.shape[1:] != self.source.shape or len(self.z) == 0:
-            raise TrajectoryError(f"z {tuple(self.z.shape)} does not fit source {shape}")
-        if self.sigmas.shape != self.z.shape[:1]:
-            raise TrajectoryError(f"sigmas {tuple(self.sigmas.shape)} do not fit z {tuple(self.z.shape)}")
-        if len(self.seeds) != len(self.source):
-            raise TrajectoryError(f"{len(self.seeds)} seeds do not fit {len(self.source)} images")
-        if self.schedule.ndim != 1 or not self.schedule.isfinite().all() or (self.schedule.diff() > 0).any():
-            raise TrajectoryError("the schedule does not descend")
-        if (self.sigmas.diff() < 0).any() or not torch.isin(self.sigmas, self.schedule).all():
-            raise TrajectoryError("the sigmas are not rising levels of the schedule")
-        if not 0 <= self.start < count or self.schedule[self.start] != self.sigmas[-1]:
-            raise TrajectoryError(f"start {self.start} does not name the noisiest level in the schedule of {count}")
-        if (self.mask is None) != (self.handoff is None):
-            raise TrajectoryError("mask and handoff come together")
-        if self.handoff is not None and tuple(self.handoff.shape) != shape:
-            raise TrajectoryError(f"handoff {tuple(self.handoff.shape)} does not fit source {shape}")
-        if self.mask is not None and not _broadcasts(tuple(self.mask.shape), shape):
-            raise TrajectoryError(f"mask {tuple(self.mask.shape)} does not fit source {shape}")
-        if self.replay is not None:
-            steps = len(self.replay.states)
-            if tuple(self.replay.residual.shape) != shape or not 1 <= steps <= count - 1 - self.start:
-                raise TrajectoryError(f"states {tuple(self.replay.states.shape)} do not fit source {shape} and start")
-            if not torch.equal(self.replay.sigmas.cpu().float(), self.schedule.cpu().float()[-steps - 1 :]):
-                raise TrajectoryError("the maps were made on another schedule")
+        found = misfits(self)
+        if found:
+            raise TrajectoryError("; ".join(found))
 
     @property
     def latent(self) -> Tensor:
@@ -104,8 +81,14 @@ class Trajectory:
 
     @property
     def remaining(self) -> Tensor:
-        """The schedule from the hand-off level to 0."""
+        """The schedule from the hand-off level to its end."""
         return self.schedule[self.start :]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the file."""
+        own = {name: getattr(self, name) for name in (*BARE_TENSORS, *MASK_TENSORS)}
+        replayed = {} if self.replay is None else {name: getattr(self.replay, name) for name in REPLAY_TENSORS}
+        return {name: tensor for name, tensor in (own | replayed).items() if tensor is not None}
 
 
 def of_walk(
@@ -142,11 +125,6 @@ def of_walk(
         handoff=None if mask is None else last.cpu(),
         **about,
     )
-
-
-def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
-    pairs = zip(reversed(shape), reversed(onto))
-    return len(shape) <= len(onto) and all(one in (1, other) for one, other in pairs)
 
 
 class Kept:
@@ -189,10 +167,6 @@ class Kept:
         return (self._file.read(length) for _ in range(self._count))
 
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""The types of latents by their names in safetensors."""
-
-
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -204,15 +178,13 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
     Arguments:
         kept: The data of ``trajectory.z``, where that is only an outline.
     """
-    names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
-    tensors = {name: getattr(trajectory, name) for name in names}
-    if trajectory.replay is not None:
-        tensors |= {name: getattr(trajectory.replay, name) for name in REPLAY_TENSORS}
+    tensors = trajectory.tensors()
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "prediction": trajectory.prediction,
         "start": str(trajectory.start),
+        "end": repr(float(trajectory.schedule[-1])),
         "seeds": json.dumps(list(trajectory.seeds)),
         "settings": json.dumps(dict(trajectory.settings)),
         "info": json.dumps(dict(trajectory.info)),
@@ -240,55 +212,64 @@ def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def load(path: Path) -> Trajectory:
-    """Reads a trajectory file.
+    """Reads a trajectory file, and all that it holds.
 
     Raises:
         FileNotFoundError: if there is none.
-        TrajectoryError: if it is damaged, foreign, newer, or does not fit together.
+        TrajectoryError: if it is damaged, foreign, newer, does not fit together or holds what no run makes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_version(metadata)
-            masked = set(MASK_TENSORS) & set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *masked)}
-            maps = {name: file.get_tensor(name) for name in REPLAY_TENSORS} if "replay" in metadata else {}
-        return Trajectory(
-            **tensors,
-            replay=_recording(maps, metadata["replay"], tensors["schedule"]) if maps else None,
-            start=int(metadata["start"]),
-            prediction=metadata["prediction"],
-            seeds=tuple(json.loads(metadata["seeds"])),
-            settings=dict(json.loads(metadata["settings"])),
-            info=dict(json.loads(metadata["info"])),
-        )
+        read = _read(path)
+        found = bad_values(read)
+        if found:
+            raise TrajectoryError("; ".join(found))
+        return read
     except TrajectoryError as error:
         raise TrajectoryError(f"{path}: {error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
 
 
-def check(path: Path) -> None:
-    """Raises TrajectoryError unless a file's head says that it is a trajectory which this version reads."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_version(file.metadata() or {})
-    except TrajectoryError as error:
-        raise TrajectoryError(f"{path.name}: {error}") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise TrajectoryError(f"{path.name}: not a readable trajectory file ({error})") from None
+def _read(path: Path) -> Trajectory:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        _check_version(metadata)
+        masked = set(MASK_TENSORS) & set(file.keys())
+        tensors = {name: file.get_tensor(name) for name in (*BARE_TENSORS, *masked)}
+        maps = {name: file.get_tensor(name) for name in REPLAY_TENSORS} if "replay" in metadata else {}
+    schedule, end = tensors["schedule"], float(metadata.get("end", 0))  # before there was a key, all ended at 0
+    if schedule.ndim == 1 and len(schedule) and float(schedule[-1]) != end:
+        raise TrajectoryError(f"the schedule ends at {float(schedule[-1]):g}, and sampling ended at {end:g}")
+    return Trajectory(
+        **tensors,
+        replay=_recording(maps, metadata["replay"], schedule) if maps else None,
+        start=int(metadata["start"]),
+        prediction=metadata["prediction"],
+        seeds=tuple(json.loads(metadata["seeds"])),
+        settings=_words(metadata, "settings"),
+        info=_words(metadata, "info"),
+    )
+
+
+def _words(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    told = json.loads(metadata[name])
+    if not isinstance(told, dict):
+        raise TrajectoryError(f"{name}: not names and values")
+    return told
 
 
 def _recording(tensors: Mapping[str, Tensor], about: str, schedule: Tensor) -> Recording:
     told = json.loads(about)
+    if not all(type(step) is int for step in told["steps"]):
+        raise TrajectoryError(f"the replay's steps {told['steps']} are not whole numbers")
     return Recording(
         **tensors,
         sigmas=schedule[-len(tensors["states"]) - 1 :],
         sampler=str(told["sampler"]),
         options=dict(told["options"]),
-        steps=tuple(map(int, told["steps"])),
+        steps=tuple(told["steps"]),
     )
 
 
@@ -296,6 +277,8 @@ def _check_version(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise TrajectoryError("a safetensors file, but not a Batch Unsampler trajectory")
     version = int(metadata["version"])
+    if version < 1:
+        raise TrajectoryError(f"written in format {version}, which there has never been")
     if version > VERSION:
         raise TrajectoryError(
             f"written in format {version} by a newer Batch Unsampler; this one reads up to {VERSION}: update it"

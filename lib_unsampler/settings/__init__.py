@@ -1,5 +1,6 @@
 """Every field, once, with what reads and writes it. Standard library only: `--help` and parse errors need no torch."""
 
+from .effects import remarks
 from .fields import (
     FORMATS,
     MODELS,
@@ -12,6 +13,7 @@ from .fields import (
     Preferences,
     Settings,
     allowed,
+    cli_help,
     surface_fields,
     whole_help,
 )
@@ -33,6 +35,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "allowed",
+    "cli_help",
     "from_infotext",
     "infotext_key",
     "named",
@@ -41,6 +44,7 @@ __all__ = [
     "parse_preferences",
     "pasted",
     "read",
+    "remarks",
     "surface_fields",
     "to_infotext",
     "whole_help",

@@ -67,6 +67,13 @@ FORMATS = ("gif", "webp", "apng", "mp4")
 BOTH = ("cli", "host")
 
 
+MOVING = ("animation",)
+SHOWN = ("frames", "animation", "contact sheet")
+THINNED = ("frames", "animation", "contact sheet", "sigma curve", "latents")
+RESAMPLED = ("resample",)
+"""Outputs that fields belong to; ``resample`` and ``report`` are the command line's, beside :data:`OUTPUTS`."""
+
+
 TITLE = "Batch Unsampler"
 """The script's name in the WebUI's page and API."""
 
@@ -79,10 +86,22 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     choices: tuple[str, ...] | None = None,
+    automatic: float | None = None,
     surfaces: tuple[str, ...] = BOTH,
+    host: str = "",
     cli: str = "",
+    modes: tuple[str, ...] = (),
+    outputs: tuple[str, ...] = (),
 ) -> Any:
-    """A dataclass field with its documentation and bounds as metadata; ``cli`` is what only the command line adds."""
+    """A dataclass field with its documentation and bounds as metadata.
+
+    Arguments:
+        automatic: A number outside the bounds that has the program choose.
+        host: What only the WebUI adds to the help.
+        cli: What only the command line adds to it.
+        modes: The modes that use the field, if not all do.
+        outputs: The outputs that use it, if not all do; with both, either is enough.
+    """
     return field(
         default=default,
         metadata={
@@ -91,8 +110,12 @@ def option(
             "minimum": minimum,
             "maximum": maximum,
             "choices": choices,
+            "automatic": automatic,
             "surfaces": surfaces,
+            "host": host,
             "cli": cli,
+            "modes": modes,
+            "outputs": outputs,
         },
     )
 
@@ -113,44 +136,49 @@ class Settings:
     )
     steps: int = option(
         0,
-        "Steps (0: as img2img)",
-        "Steps of the schedule that is walked backwards. 0 follows img2img. "
-        "With init it must be 0, because the levels are img2img's own.",
-        cli="On the command line 0 is 20.",
+        "Steps (0: as img2img, which init needs)",
+        "Steps of the schedule that is walked backwards.",
+        host="0 follows img2img; with init it must be 0, because the levels are img2img's own.",
+        cli="0 is 20.",
         minimum=0,
         maximum=10000,
     )
     end_at_step: int = option(
         -1,
-        "End at step (0: pure noise; -1: automatic)",
-        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest. "
-        "-1 chooses: 0, or img2img's start level (from the denoising strength) with init.",
+        "End at step (0: pure noise; -1: automatic, with init img2img's start)",
+        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest, and so is -1.",
+        host="With init -1 is img2img's start level (from the denoising strength).",
         minimum=-1,
         maximum=10000,
     )
     step_increment: int = option(
         1,
         "Step increment (keep every n-th level)",
-        "Keep every n-th level, counted down from the noisiest. Thins frames and files, never init.",
+        "Keep every n-th level, counted down from the noisiest. Thins frames and files, never what is sampled from.",
+        outputs=THINNED,
         minimum=1,
         maximum=10000,
     )
     noise: str = option(
         "shared",
-        "Noise",
-        "shared: img2img's own noise at every level; independent: a fresh draw per level; "
+        "Noise (shared: img2img's own)",
+        "shared: one draw, the same at every level; independent: a fresh draw per level; "
         "path: one random walk from clean to noise, the forward process itself.",
+        host="The shared draw is img2img's own.",
+        modes=("noise",),
         choices=("shared", "independent", "path"),
     )
     normalize: bool = option(
         False,
         "Normalize each image's noise",
         "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
+        modes=("noise", "replay"),
     )
     include_clean: bool = option(
         True,
         "Begin with the clean source",
         "Frames and animation begin with the source itself, at sigma 0. Latents never hold it.",
+        outputs=SHOWN,
     )
     view: str = option(
         "variance preserving",
@@ -158,14 +186,16 @@ class Settings:
         "How a frame shows z: scaled to unit variance as in the diffusion papers, or raw "
         "(burnt colours at high sigma). Flow models are shown as they are.",
         choices=("variance preserving", "raw"),
+        outputs=SHOWN,
     )
-    reverse: bool = option(False, "Reverse the animation", "Play the animation from noise to picture.")
+    reverse: bool = option(False, "Reverse the animation", "Play the animation from noise to picture.", outputs=MOVING)
     duration: float = option(
         0.1,
         "Seconds per frame",
         "Seconds each frame of the animation is shown: 0.04 is 25 frames per second (GIF rounds to 1/100 s).",
         minimum=0.02,
         maximum=60.0,
+        outputs=MOVING,
     )
     timing: str = option(
         "even",
@@ -173,6 +203,7 @@ class Settings:
         "even: every frame for the same time; log sigma: each for its share of the way from picture to noise "
         "on a logarithmic scale, with the seconds per frame as the mean.",
         choices=("even", "log sigma"),
+        outputs=MOVING,
     )
     hold_first: float = option(
         0.0,
@@ -180,6 +211,7 @@ class Settings:
         "Seconds the first frame shown stays beyond its own.",
         minimum=0.0,
         maximum=60.0,
+        outputs=MOVING,
     )
     hold_last: float = option(
         0.0,
@@ -187,28 +219,33 @@ class Settings:
         "Seconds the last frame shown stays beyond its own (there and back: the one it turns at).",
         minimum=0.0,
         maximum=60.0,
+        outputs=MOVING,
     )
-    ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.")
+    ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.", outputs=MOVING)
     loop: int = option(
         0,
         "Plays (0: for ever)",
         "How often the animation plays. MP4 leaves it to the player.",
         minimum=0,
         maximum=65535,
+        outputs=MOVING,
     )
     captions: bool = option(
         False,
         "Captions",
         "Write step, sigma, timestep (where the model has them) and noise kind on every frame of the pictures "
         "and the animation.",
+        outputs=("frames", "animation"),
     )
     format: str = option(
         "gif",
         "Animation format",
         "gif: plays everywhere, 256 colours a frame; webp: small and in true colour; apng: without any loss, large; "
-        "mp4: the smallest, needs PyAV (pip install av in the WebUI's environment).",
+        "mp4: the smallest, needs PyAV (pip install av).",
+        host="PyAV goes into the WebUI's environment.",
+        cli="It is for the animations in a folder; a file's ending is its format.",
         choices=FORMATS,
-        surfaces=("host",),
+        outputs=MOVING,
     )
     mode: str = option(
         "noise",
@@ -224,6 +261,7 @@ class Settings:
         "Replay: leave out this many of the noisiest steps; more of the picture stays. At least one step remains.",
         minimum=0,
         maximum=10000,
+        modes=("replay",),
     )
     seed: int = option(
         0,
@@ -232,6 +270,7 @@ class Settings:
         minimum=0,
         maximum=2**63 - 1,
         surfaces=("cli",),
+        modes=("noise", "replay"),
     )
     sampler: str = option(
         "euler",
@@ -239,6 +278,8 @@ class Settings:
         "k-diffusion sampler that carries the latent back to a picture.",
         choices=SAMPLERS,
         surfaces=("cli",),
+        modes=("invert", "replay"),
+        outputs=RESAMPLED,
     )
     scheduler: str = option(
         "karras",
@@ -259,21 +300,27 @@ class Settings:
         1.0,
         "CFG scale for the source",
         "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone.",
-        cli="On the command line the resampling's scale too.",
+        cli="The resampling's scale too.",
+        modes=("invert", "replay"),
+        outputs=RESAMPLED,
         minimum=0.0,
         maximum=100.0,
     )
     positive: str = option(
         "",
         "Prompt for the source (empty: img2img's own)",
-        "Invert and replay: the prompt under which the model sees the source. Empty is img2img's own; a space is an "
-        "empty prompt.",
-        cli="On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
+        "Invert and replay: the prompt under which the model sees the source.",
+        host="Empty is img2img's own; a space is an empty prompt.",
+        cli="The resampling's prompt too: empty, sea, sunset, forest, night or snow, each a picture's mean colours.",
+        modes=("invert", "replay"),
+        outputs=RESAMPLED,
     )
     negative: str = option(
         "",
         "Negative prompt for the source (empty: img2img's own)",
         "What the guidance moves away from; as the prompt.",
+        modes=("invert", "replay"),
+        outputs=RESAMPLED,
     )
     solver: str = option(
         "exact",
@@ -282,6 +329,7 @@ class Settings:
         "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
         "up the schedule, a call or two a step.",
         choices=("exact", "reverse"),
+        modes=("invert",),
     )
     tolerance: float = option(
         1e-6,
@@ -290,6 +338,7 @@ class Settings:
         "A half-precision model stops earlier, where it no longer gets nearer.",
         minimum=1e-12,
         maximum=0.1,
+        modes=("invert",),
     )
     max_calls: int = option(
         40,
@@ -297,11 +346,13 @@ class Settings:
         "Exact: the most model calls for one image at one level; what did not converge by then is named.",
         minimum=1,
         maximum=1000,
+        modes=("invert",),
     )
     panel: bool = option(
         False,
         "Show the model's estimate beside z",
         "Invert: each frame shows the source, z, and the picture that the model sees in z.",
+        outputs=SHOWN,
     )
     report: bool = option(
         False,
@@ -322,21 +373,25 @@ class Settings:
         -1.0,
         "CFG scale of the resampling (-1: as cfg)",
         "Guidance scale of the resampling; -1 is that of cfg.",
-        minimum=-1.0,
+        minimum=0.0,
         maximum=100.0,
+        automatic=-1.0,
         surfaces=("cli",),
+        outputs=RESAMPLED,
     )
     resample_positive: str = option(
         "",
         "Prompt of the resampling (empty: as positive)",
         "Prompt of the resampling; empty is that of positive, a space is an empty prompt.",
         surfaces=("cli",),
+        outputs=RESAMPLED,
     )
     resample_negative: str = option(
         "",
         "Negative prompt of the resampling (empty: as negative)",
         "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
+        outputs=RESAMPLED,
     )
 
     guide_strength: float = option(
@@ -457,7 +512,13 @@ def surface_fields(surface: str) -> list[Any]:
 
 
 def whole_help(f: Any) -> str:
-    """A field's help with what the command line adds."""
+    """A field's help with what each surface adds."""
+    cli = f"On the command line: {f.metadata['cli']}" if f.metadata["cli"] else ""
+    return " ".join(part for part in (f.metadata["help"], f.metadata["host"], cli) if part)
+
+
+def cli_help(f: Any) -> str:
+    """A field's help for the command line alone."""
     return " ".join(part for part in (f.metadata["help"], f.metadata["cli"]) if part)
 
 
@@ -473,4 +534,6 @@ def allowed(f: Any) -> str:
     if kind is str:
         return "text"
     number = "a whole number" if kind is int else "a number"
-    return f"{number} from {low:g} to {high:g}" if high < 1e15 else f"{number} from {low:g} to 2^63 - 1"
+    automatic = "" if f.metadata["automatic"] is None else f"{f.metadata['automatic']:g} or "
+    top = f"{high:g}" if high < 1e15 else "2^63 - 1"
+    return f"{automatic}{number} from {low:g} to {top}"

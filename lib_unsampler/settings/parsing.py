@@ -70,7 +70,7 @@ def _check_bounds(f: Any, value: Any) -> None:
     low, high, choices = (f.metadata[k] for k in ("minimum", "maximum", "choices"))
     if choices is not None and value not in choices:
         raise ValueError
-    if low is not None and not (math.isfinite(value) and low <= value <= high):
+    if low is not None and value != f.metadata["automatic"] and not (math.isfinite(value) and low <= value <= high):
         raise ValueError
 
 
