@@ -1,9 +1,12 @@
 """Trajectory: the noise levels of one run, with all that is needed to go on from them.
 
 The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
-``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
-``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never
-unpickles anything.
+``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask``, where sampling began
+elsewhere than at the last z also ``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text
+metadata. Loading never unpickles anything.
+
+Format 2 holds z as the sampler knows it, unmasked. Format 1 held, with a mask, the source outside it (``blended``),
+and the unmasked last level as ``handoff``: all that such a file can be sampled from.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from .replay import Recording
 from .soundness import DTYPES, bad_values, misfits
 
 FORMAT = "batch-unsampler-trajectory"
-VERSION = 1
+VERSION = 2
 BARE_TENSORS = ("z", "sigmas", "schedule", "source")
 MASK_TENSORS = ("mask", "handoff")
 REPLAY_TENSORS = ("states", "maps", "residual")
@@ -39,7 +42,7 @@ class Trajectory:
     """Noise levels of a batch of images, least noisy first.
 
     Attributes:
-        z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
+        z: Latents with shape (L, B, C, [T,] H, W), unmasked unless ``blended``.
         sigmas: The levels' sigmas, rising, with shape (L).
         schedule: The whole descending schedule the levels are from, with shape (n + 1); it ends where sampling
             ends, at 0 or above.
@@ -48,12 +51,13 @@ class Trajectory:
         prediction: ``eps``, ``v`` or ``flow``.
         seeds: One seed per image.
         mask: With a mask, its weights, broadcastable against ``source``; else None.
-        handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
-            at a high noise level. None without a mask, where it is ``z[-1]``.
+        handoff: Where sampling goes on from, with the shape of ``source``, if that is not ``z[-1]``: with extra
+            noise, or where z is ``blended`` (a model must not see a clean border at a high noise level).
         replay: The source as a sampler's noises, made on the end of ``schedule`` from ``start`` or
             later; None unless the run was a replay.
         settings: The request's fields, as plain values.
         info: Anything else worth keeping as text (model name, host).
+        blended: Whether z is the source outside the mask, as in masked files of format 1.
     """
 
     z: Tensor
@@ -68,6 +72,7 @@ class Trajectory:
     replay: Recording | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, str] = field(default_factory=dict)
+    blended: bool = False
 
     def __post_init__(self) -> None:
         found = misfits(self)
@@ -99,7 +104,7 @@ def of_walk(
     prediction: str,
     *,
     mask: Tensor | None,
-    last: Tensor,
+    handoff: Tensor | None = None,
     **about: Any,
 ) -> Trajectory:
     """The trajectory of a walk through a schedule.
@@ -111,7 +116,7 @@ def of_walk(
         source: Clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
         mask: Weights that broadcast against the source, or None.
-        last: The noisiest level, unmasked.
+        handoff: Where sampling began, if not at the noisiest level.
         about: Its other attributes.
     """
     return Trajectory(
@@ -122,7 +127,7 @@ def of_walk(
         source=source.cpu(),
         prediction=prediction,
         mask=None if mask is None else mask.cpu().float(),
-        handoff=None if mask is None else last.cpu(),
+        handoff=None if handoff is None else handoff.cpu(),
         **about,
     )
 
@@ -177,7 +182,12 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
 
     Arguments:
         kept: The data of ``trajectory.z``, where that is only an outline.
+
+    Raises:
+        TrajectoryError: for blended levels, which are of format 1.
     """
+    if trajectory.blended:
+        raise TrajectoryError("blended levels are of format 1, which is no longer written")
     tensors = trajectory.tensors()
     metadata = {
         "format": FORMAT,
@@ -232,6 +242,17 @@ def load(path: Path) -> Trajectory:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
 
 
+def check(path: Path) -> None:
+    """Raises TrajectoryError unless a file's head says that it is a trajectory which this version reads."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_version(file.metadata() or {})
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{path.name}: {error}") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TrajectoryError(f"{path.name}: not a readable trajectory file ({error})") from None
+
+
 def _read(path: Path) -> Trajectory:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -250,6 +271,7 @@ def _read(path: Path) -> Trajectory:
         seeds=tuple(json.loads(metadata["seeds"])),
         settings=_words(metadata, "settings"),
         info=_words(metadata, "info"),
+        blended=metadata["version"] == "1" and bool(masked),
     )
 
 

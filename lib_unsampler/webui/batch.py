@@ -146,6 +146,8 @@ class BatchRun:
             return None
         if not self.wanted & {"init", "strength sweep"} and plan.own_start:
             return None
+        if self.file is not None:
+            return self.file.latent.to(self.found[0]).expand_as(self.found[0])
         *_, (_, z) = self.walk()
         return z
 

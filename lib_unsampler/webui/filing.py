@@ -96,11 +96,11 @@ class Filing:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def level(self, index: int, masked: Tensor) -> None:
-        """Takes the next noisier level, of schedule index ``index``."""
+    def level(self, index: int, z: Tensor) -> None:
+        """Takes the next noisier level, of schedule index ``index``, unmasked."""
         self._indices.append(index)
         if self._kept is not None:
-            self._kept.add(masked)
+            self._kept.add(z)
 
     def frame(self, frame: Frame, part: str = "") -> None:
         """Takes the pictures of one level, one for each image; ``part`` says what they are part of."""
@@ -126,16 +126,13 @@ class Filing:
         self._saver.finish()
         self._naming.abandon()
 
-    def finish(
-        self, save: bool, source: Tensor, mask: Tensor | None, last: Tensor, recording: Recording | None
-    ) -> None:
+    def finish(self, save: bool, source: Tensor, mask: Tensor | None, recording: Recording | None) -> None:
         """Writes what is only known at the end.
 
         Arguments:
             save: Whether the host still saves this batch's images: it may not, once it was interrupted.
             source: Clean latents with shape (B, C, [T,] H, W).
             mask: Weights that broadcast against them, or None.
-            last: The noisiest level, unmasked.
             recording: The noises of a replay, if it was one.
         """
         self._reply.sigmas = [float(self._plan.levels.schedule[index]) for index in self._indices]
@@ -154,7 +151,7 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            trajectory.save(self._trajectory(source, mask, last, recording), self._latents, self._kept)
+            trajectory.save(self._trajectory(source, mask, recording), self._latents, self._kept)
             size = (factor() * source.shape[-1], factor() * source.shape[-2])
             self._naming.latents(self._latents, self._last[0] if self._last else Image.new("RGB", size))
         self._say_what_is_missing(save)
@@ -166,7 +163,7 @@ class Filing:
         number = self._p.iteration * self._p.batch_size + image
         comment(self._p, f"round trip of image {number}: {'; '.join(trip.lines())}")
 
-    def _trajectory(self, source: Tensor, mask: Tensor | None, last: Tensor, recording: Recording | None) -> Trajectory:
+    def _trajectory(self, source: Tensor, mask: Tensor | None, recording: Recording | None) -> Trajectory:
         p, plan = self._p, self._plan
         return trajectory.of_walk(
             plan.levels.schedule,
@@ -175,7 +172,6 @@ class Filing:
             source,
             plan.prediction,
             mask=mask,
-            last=last,
             replay=recording if self._indices[-1] == plan.start else None,  # not of what was interrupted
             seeds=tuple(int(seed) for seed in p.seeds),
             settings=asdict(self._settings),

@@ -90,6 +90,5 @@ def every_level(saved: Trajectory, plan: Plan, like: Tensor) -> Callable[[int], 
 
 
 def walk(saved: Trajectory, plan: Plan, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Every level as (schedule index, z), least noisy first; the last is what sampling goes on from, unmasked."""
-    levels = [*saved.z[:-1], saved.latent]
-    return ((index, z.to(like).expand_as(like)) for index, z in zip(plan.levels.kept, levels))
+    """Every level as (schedule index, z), least noisy first."""
+    return ((index, z.to(like).expand_as(like)) for index, z in zip(plan.levels.kept, saved.z))

@@ -71,7 +71,7 @@ class Showing:
         def visit(index: int, z: Tensor, masked: Tensor) -> bool:
             nonlocal seen
             seen, self._last = seen + 1, z
-            filing.level(index, masked)
+            filing.level(index, z)
             if noising or (index == self._plan.start and not self._settings.samples):
                 return True
             progress.step(seen, None)
@@ -111,7 +111,7 @@ class Showing:
                 filing.abandon()  # interrupted before there was any noise
             else:
                 mask = getattr(self._p, "nmask", None)
-                filing.finish(self._saves(), self._x, mask, self._last, self._run.recording)
+                filing.finish(self._saves(), self._x, mask, self._run.recording)
                 self._report(filing)
         self._progress.done()
 
@@ -124,7 +124,10 @@ class Showing:
         run, plan = self._run, self._plan
         estimates = run.inverted.estimates if run.inverted is not None and self._settings.panel else {}
         mask = getattr(self._p, "nmask", None)
-        return Scene(self._x, plan.levels.schedule, plan.prediction, self._settings.view, mask, estimates)
+        file = run.file
+        blended = file is not None and file.blended
+        mask = file.mask if blended else mask
+        return Scene(self._x, plan.levels.schedule, plan.prediction, self._settings.view, mask, estimates, blended)
 
     def _until_stopped(self) -> Iterator[tuple[int, Tensor]]:
         for index, z in self._run.walk():

@@ -53,7 +53,7 @@ class ScriptRunner:
         return self.selectable_scripts[script_index - 1].run(p)
 
     def call(self, name, p, *more):
-        for script in [self.script, *self.others]:
+        for script in [s for s in [self.script, *self.others] if hasattr(s, name)]:
             args = p.script_args[self.script.args_from :] if script is self.script else ()
             try:
                 getattr(script, name)(p, *more, *args)
