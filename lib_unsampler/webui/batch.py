@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.inversion import unconverged
 from ..core.noising import add_noise, normalize_noise, walk
 from ..core.replay import Recording
-from ..core.schedule import levels
+from ..core.schedule import levels, step_at
 from ..core.trajectory import Trajectory
 from ..settings import Settings
 from . import driven, onward, refusals, saved
@@ -83,10 +83,14 @@ class BatchRun:
     def _plan(self) -> Plan:
         """The levels of the host's schedule, or of the latents file, that this request asks for."""
         p, settings = self.p, self.settings
-        total, end = refusals.asked_steps(p, settings)
+        total, end = refusals.asked_steps(p, settings, p.sampler)
         if self.file is not None:
             return saved.plan(self.file, total, end if settings.samples else None)
-        walked = levels(get_sigmas(p, p.sampler, total), end, settings.step_increment)
+        sigmas = get_sigmas(p, p.sampler, total)
+        if settings.end_at_sigma > 0 and not step_at(sigmas, settings.end_at_sigma)[1]:
+            lowest = float(sigmas[end])
+            comment(p, f"end_at_sigma: {settings.end_at_sigma:g} is below the lowest level; it ends at {lowest:.4g}")
+        walked = levels(sigmas, end, settings.step_increment)
         prediction = prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == img2img_steps(p))
 

@@ -180,7 +180,7 @@ class Request:
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
-        if self.script is not None and self.wanted - SAMPLING - {"latents"}:
+        if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
         return self._init(*args, **kwargs)
 
@@ -294,6 +294,7 @@ class Request:
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
             INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
+            **({INFOTEXT_PREFIX + "comfyui": self.reply.comfyui} if self.reply.comfyui else {}),
             **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import trajectory
+from ..core import comfy, trajectory
 from ..core.replay import Recording
 from ..core.trajectory import Trajectory
 from ..pictures import render, roundtrip
@@ -24,7 +25,7 @@ from ..pictures.reel import Reel, evenly
 from ..pictures.roundtrip import RoundTrip
 from ..settings import Settings
 from .driven import Plan
-from .host.codec import factor
+from .host.codec import latent_scale
 from .host.request import comment
 from .host.saving import temporary_file
 from .host.schedule import timestep
@@ -81,7 +82,7 @@ class Filing:
             reel = Reel(self._settings, self._sigmas, text, encoders, path, "contact sheet" in self._wanted)
             self._reels.append(self._stack.enter_context(reel))
         self._kept = None
-        if "latents" in self._wanted:
+        if self._wanted & {"latents", "comfyui"}:
             self._latents = self._temporary(".safetensors")
             self._kept = self._stack.enter_context(trajectory.Kept(self._latents))
 
@@ -151,10 +152,19 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            trajectory.save(self._trajectory(source, mask, recording), self._latents, self._kept)
-            size = (factor() * source.shape[-1], factor() * source.shape[-2])
-            self._naming.latents(self._latents, self._last[0] if self._last else Image.new("RGB", size))
+            self._file_latents(self._trajectory(source, mask, recording))
         self._say_what_is_missing(save)
+
+    def _file_latents(self, made: Trajectory) -> None:
+        """The latents as our own file, and as ComfyUI's."""
+        named = self._last[0] if self._last else Image.new("RGB", (self._p.width, self._p.height))
+        if "comfyui" in self._wanted:
+            file, form = self._temporary(comfy.ENDING), comfy.form_of(*latent_scale(self._p.sd_model))
+            comfy.save_latent(replace(made, z=torch.stack(list(self._kept.tensors()))), form, file)
+            self._reply.comfyui.append(self._naming.latents(file, named))
+        if "latents" in self._wanted:
+            trajectory.save(made, self._latents, self._kept)
+            self._reply.latents.append(self._naming.latents(self._latents, named))
 
     def report(self, image: int, trip: RoundTrip, save: bool) -> None:
         """Files how near one image came when it was sampled back."""
@@ -175,7 +185,12 @@ class Filing:
             replay=recording if self._indices[-1] == plan.start else None,  # not of what was interrupted
             seeds=tuple(int(seed) for seed in p.seeds),
             settings=asdict(self._settings),
-            info={"model": str(p.sd_model_name), "sampler": str(p.sampler_name), "scheduler": str(p.scheduler)},
+            info={
+                "model": str(p.sd_model_name),
+                "sampler": str(p.sampler_name),
+                "scheduler": str(p.scheduler),
+                "latent format": comfy.form_of(*latent_scale(p.sd_model)),
+            },
         )
 
     def _say_what_is_missing(self, save: bool) -> None:

@@ -92,11 +92,11 @@ class Naming:
         note = {"kind": kind, "image": self._number(image), "format": form}
         self._put(kind, Item(moving_item(self._p, file, save, poster, text), text, note))
 
-    def latents(self, file: Path, named: Image.Image) -> None:
-        """A finished latents file; asked for by name, so it is kept also where samples are not saved."""
+    def latents(self, file: Path, named: Image.Image) -> str:
+        """A finished latents file, by its path; asked for by name, so it is kept also where samples are not saved."""
         path = save_file(self._p, file, named, 0, self.texts[0], "-unsampling").absolute()
-        self._reply.latents.append(str(path))
         comment(self._p, f"latents saved: {path}")
+        return str(path)
 
     def stand_in(self, pictures: Sequence[Image.Image], entry: Mapping[str, Any]) -> None:
         """The noisiest frame of each image."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ..core import comfy
 from ..core.inversion import kin
 from ..core.replay import check_function
+from ..core.schedule import step_at
 from ..core.trajectory import Trajectory, TrajectoryError
 from ..pictures.animation import check_format
 from ..settings import SAMPLING, TITLE, Settings
 from . import saved, shelf
 from .filing import ENDINGS
-from .host.codec import factor
+from .host.codec import factor, latent_scale
 from .host.guiding import sampler_function
 from .host.page import output_folder
 from .host.request import refiner
@@ -36,13 +38,15 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     if settings.trajectory:
         return _fitting(p, settings, sampler)
     if set(settings.output) - (SAMPLING - {"strength sweep"}):
-        _check_work(p, settings, most)
+        _check_work(p, settings, sampler, most)
     return None
 
 
-def asked_steps(p: Any, settings: Settings) -> tuple[int, int]:
+def asked_steps(p: Any, settings: Settings, sampler: Any) -> tuple[int, int]:
     """(steps of the schedule, the index where it ends), as the request and img2img say."""
     total, start = img2img_steps(p) if settings.samples else (settings.steps or p.steps, 0)
+    if settings.end_at_sigma > 0:
+        return total, step_at(get_sigmas(p, sampler, total), settings.end_at_sigma)[0]
     return total, settings.end_at_step if settings.end_at_step >= 0 else start
 
 
@@ -86,6 +90,12 @@ def _check_onward(p: Any, settings: Settings, sampler: Any) -> None:
             raise ValueError(
                 f"{needs} needs a sampler that walks the schedule; {p.sampler_name!r} chooses its own steps"
             )
+    if "comfyui" in settings.output and not comfy.form_of(*latent_scale(p.sd_model)):
+        scale, shift = latent_scale(p.sd_model)
+        raise ValueError(
+            f"output: comfyui knows the latent formats {', '.join(comfy.SCALES)}, and this model's is another "
+            f"(scale {scale:g}, shift {shift:g})"
+        )
     if not settings.maps:
         return
     if getattr(p, "image_mask", None) is None and getattr(p, "nmask", None) is None:
@@ -115,8 +125,8 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     return file
 
 
-def _check_work(p: Any, settings: Settings, most: int) -> None:
-    total, end = asked_steps(p, settings)
+def _check_work(p: Any, settings: Settings, sampler: Any, most: int) -> None:
+    total, end = asked_steps(p, settings, sampler)
     levels = -(-max(1, total - end) // settings.step_increment)
     frames = levels + settings.include_clean + levels * ("strength sweep" in settings.output)
     images = p.batch_size * p.n_iter

@@ -27,6 +27,7 @@ class Reply:
         items: What the gallery and the API get, by kind.
         stand_ins: The noisiest frame of each image, for who takes one picture for each.
         latents: Paths of the latents files.
+        comfyui: Paths of ComfyUI's latent files.
         sigmas: The kept levels that were made, least noisy first.
     """
 
@@ -34,6 +35,7 @@ class Reply:
     items: dict[str, list[Item]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     stand_ins: list[Item] = field(default_factory=list)
     latents: list[str] = field(default_factory=list)
+    comfyui: list[str] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
 
     def every(self) -> list[Item]:

@@ -271,3 +271,36 @@ def test_every_image_of_every_batch_has_its_own_film(host: SimpleNamespace) -> N
     assert [notes[i]["image"] for i in results] == [0, 1, 2, 3]
     for place, picture in zip(results, own, strict=True):
         assert processed.images[place].convert("RGB").tobytes() == picture.convert("RGB").tobytes()
+
+
+def test_end_at_sigma_is_the_noisiest_level_at_or_below_it(host: SimpleNamespace) -> None:
+    every = levels_of(host)
+    for sigma in (5.0, max(every), 0.5):
+        (saved,) = latents_of(host.run({"output": ["latents"], "end_at_sigma": sigma})[1])
+        assert float(saved.sigmas[-1]) == pytest.approx(max(s for s in every if s <= sigma + 1e-5), rel=1e-5)
+
+
+def test_end_at_sigma_below_the_lowest_is_that_one_and_said(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["latents"], "end_at_sigma": 0.001})
+    (saved,) = latents_of(processed)
+    assert len(saved.z) == 1
+    assert any("end_at_sigma" in text for text in processed.extra_generation_params["Unsampler messages"])
+
+
+def test_the_comfyui_file_is_our_levels_frame_by_frame(host: SimpleNamespace) -> None:
+    from safetensors.torch import load_file
+
+    host.make().sd_model.scale_factor = 0.18215
+    p, processed = host.run({"output": ["comfyui", "latents"]}, batch_size=2)
+    (saved,) = latents_of(processed)
+    (path,) = processed.extra_generation_params["Unsampler comfyui"]
+    held = load_file(path)["latent_tensor"]
+    assert (held * 0.18215 - saved.z.flatten(0, 1)).abs().max() < 1e-5
+    assert p.sd_model.scale_factor == 0.18215
+
+
+def test_a_latent_format_that_is_not_known_is_refused(host: SimpleNamespace) -> None:
+    host.make().sd_model.scale_factor = 0.4
+    with pytest.raises(HTTPException) as refused:
+        host.run({"output": ["comfyui"]})
+    assert "scale 0.4" in str(refused.value.detail)

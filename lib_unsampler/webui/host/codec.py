@@ -10,6 +10,20 @@ from PIL import Image
 from torch import Tensor
 
 
+def latent_scale(model: Any) -> tuple[float, float]:
+    """(scale, shift) by which the host brings its autoencoder's latents to the model's; zeros where it does not say."""
+    forge = getattr(model, "forge_objects", None)
+    a1111_sd3 = getattr(getattr(model, "model", None), "latent_format", None)
+    if forge is not None:
+        codec = getattr(forge.vae, "first_stage_model", None)
+        scale, shift = getattr(codec, "scaling_factor", 0.0), getattr(codec, "shift_factor", 0.0)
+    elif a1111_sd3 is not None:
+        scale, shift = a1111_sd3.scale_factor, a1111_sd3.shift_factor
+    else:
+        scale, shift = getattr(model, "scale_factor", 0.0), 0.0
+    return float(scale or 0.0), float(shift or 0.0)
+
+
 class Decoded(list[Any]):
     """Pictures in [-1, 1] in place of latents: the host decodes nothing."""
 
