@@ -122,6 +122,10 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     why = saved.refusal(file, prediction_type(p.sd_model), images, size, schedule, factor())
     if why:
         raise ValueError(f"trajectory: {name!r} does not fit: {why}")
+    if "guide" in settings.output and (why := saved.unguidable(file)):
+        raise ValueError(f"trajectory: {name!r} cannot guide: {why}")
+    if "strength sweep" in settings.output and file.blended:
+        raise ValueError(f"trajectory: {name!r} cannot be swept: its levels are masked (a file of format 1)")
     return file
 
 

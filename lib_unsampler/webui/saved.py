@@ -74,6 +74,24 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
     return Plan(levels, saved.prediction, total, own_start in (None, saved.start))
 
 
+def unguidable(saved: Trajectory) -> str | None:
+    """Why a file's levels cannot guide, if they cannot.
+
+    Guidance needs one noise through all levels, every executed level, and z as a sampler knows it.
+    """
+    asked = saved.settings
+    mode, noise = asked.get("mode", "noise"), asked.get("noise", "shared")
+    if saved.blended:
+        return "its levels are masked (a file of format 1), from which only sampling can begin (output init)"
+    if mode == "replay" or (mode == "noise" and noise != "shared"):
+        made = "mode replay" if mode == "replay" else f"noise {noise!r}"
+        return f"it was made with {made}, whose levels have no noise in common"
+    missing = int((saved.schedule[saved.start :] > 0).sum()) - len(saved.z)
+    if mode != "noise" and missing > 0:
+        return f"it lacks {missing} of the levels that are sampled; save it with a step_increment of 1"
+    return None
+
+
 def every_level(saved: Trajectory, plan: Plan, like: Tensor) -> Callable[[int], Tensor]:
     """Z of any executed level by schedule index; of shared noise, also one that the file does not hold."""
     held = dict(zip(plan.levels.kept, saved.z))

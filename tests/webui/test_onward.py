@@ -304,3 +304,35 @@ def test_a_latent_format_that_is_not_known_is_refused(host: SimpleNamespace) -> 
     with pytest.raises(HTTPException) as refused:
         host.run({"output": ["comfyui"]})
     assert "scale 0.4" in str(refused.value.detail)
+
+
+def saved_name(processed: Any) -> str:
+    return processed.extra_generation_params["Unsampler latents names"][0]
+
+
+def test_a_file_guides_as_the_request_that_made_it(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thinned too: what is missing of shared noise is made again from source and noise."""
+    monkeypatch.setattr(host.shared.opts, "outdir_samples", str(host.out))
+    direct = samples(host, {"output": ["guide"], "guide_alpha": 0})
+    for thinning in (1, 3):
+        kept = {"output": ["latents", "init"], "step_increment": thinning}
+        name = saved_name(host.run(kept)[1])
+        made = samples(host, {"output": ["guide"], "guide_alpha": 0, "trajectory": name})
+        assert (made - direct).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kept", "names"),
+    [
+        ({"noise": "path"}, "noise 'path'"),
+        ({"mode": "invert", "step_increment": 2}, "lacks 2 of the levels"),
+    ],
+)
+def test_a_file_whose_levels_cannot_guide_is_refused_by_name(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, kept: dict[str, Any], names: str
+) -> None:
+    monkeypatch.setattr(host.shared.opts, "outdir_samples", str(host.out))
+    name = saved_name(host.run({"output": ["latents", "init"], **kept})[1])
+    with pytest.raises(HTTPException) as refused:
+        host.run({"output": ["guide"], "trajectory": name})
+    assert names in str(refused.value.detail)
