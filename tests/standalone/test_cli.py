@@ -493,7 +493,7 @@ BAD_VALUES = [
 def test_a_bad_value_is_answered_with_what_is_allowed(flag: str, value: str, picture: Path, capsys: Capture) -> None:
     name = flag[2:].replace("-", "_")
     (f,) = (f for f in surface_fields("cli") if f.name == name)
-    assert refused(capsys, picture, "-o", "x.gif", flag, value) == f"{name}: {value!r} is not {allowed(f)}"
+    assert refused(capsys, picture, "-o", "x.gif", flag, value) == f"{flag}: {value!r} is not {allowed(f)}"
 
 
 def test_everything_wrong_comes_at_once(capsys: Capture) -> None:
@@ -510,6 +510,10 @@ def make_broken(tmp_path: Path) -> None:
     paths["cut.png"].write_bytes(whole[: len(whole) // 2])
     paths["empty.png"].touch()
     paths["a folder"].mkdir()
+    for link in ("loop", "loop.png"):
+        (tmp_path / link).symlink_to(tmp_path / link)
+    (tmp_path / "users").mkdir()
+    Image.new("RGB", (3, 2)).save(tmp_path / "users" / "00000_sigma_0.0000.png")
     paths["plain"].write_text("a file")
     save_file({"z": torch.zeros(1)}, paths["f.safetensors"])
 
@@ -537,7 +541,25 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "animation ending": ((PICTURE, "-o", "x.avi"), "x.avi does not end in .gif or .webp or .apng or .png or .mp4"),
     "png ending": ((PICTURE, "--resample", "x.jpg"), "x.jpg does not end in .png"),
     "file ending": ((PICTURE, "--latents", "x.pt"), "x.pt does not end in .safetensors"),
-    "file is a folder": ((PICTURE, "-o", "a folder"), "a folder is a folder, not a file"),
+    "several into one file": ((PICTURE, "in/b.png", "-o", "x.gif"), "-o: 2 pictures do not go into one file; x.gif/"),
+    "no ending": ((PICTURE, "-o", "x"), "-o: x does not end in .gif or .webp or .apng or .png or .mp4, nor in /"),
+    "format of a file": ((PICTURE, *GIF, "--format", "webp"), "--format: webp is not what x.gif ends in"),
+    "inside a file": ((PICTURE, *GIF, "--sheet", "x.gif/s.png"), "--sheet: x.gif/s.png lies inside the file of -o"),
+    "a frame's name": (
+        (PICTURE, "--frames", "f", "--sheet", "f/00000_sigma_0.0000.png"),
+        "--sheet: f/00000_sigma_0.0000.png has the name of a frame",
+    ),
+    "a long name": ((PICTURE, *GIF, "--curve", "n" * 300 + ".png"), "File name too long"),
+    "a loop of links": ((PICTURE, *GIF, "--curve", "loop/x.png"), "--curve: loop/x.png: Too many levels"),
+    "a link to itself": ((PICTURE, *GIF, "--curve", "loop.png"), "--curve: loop.png: Too many levels"),
+    "cfg below 0": (
+        (PICTURE, "--resample", "x.png", "--resample-cfg", "-0.5"),
+        "--resample-cfg: '-0.5' is not -1 or a",
+    ),
+    "not our frame": (
+        (PICTURE, "--frames", "users", "--steps", "1"),
+        "users/00000_sigma_0.0000.png was not written by this program; name another folder",
+    ),
     "folder is a file": ((PICTURE, "--frames", "plain"), "plain is a file, where a folder is needed"),
     "folder for many is a file": ((PICTURE, "in", "-o", "plain"), "plain is a file, where a folder is needed"),
     "below a file": ((PICTURE, "-o", "plain/x.gif"), "plain/x.gif cannot be made"),
@@ -558,7 +580,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing to resume": (("--resume", "no", *GIF), "no: no such file"),
     "foreign file": (("--resume", "f.safetensors", *GIF), "f.safetensors: a safetensors file, but not a Batch"),
     "resuming text": (("--resume", "plain", *GIF), "plain: not a readable trajectory"),
-    "resume with a picture": ((PICTURE, "--resume", "x", *GIF), "pictures: does not go with --resume"),
+    "resume with a picture": ((PICTURE, "--resume", "x", *GIF), "PICTURE: does not go with --resume"),
     "resume with other noise": (("--resume", "x", *GIF, "--noise", "path"), "noise: is what the resumed"),
     "resume to itself": (("--resume", "x", "--latents", "y.safetensors"), "latents: the resumed"),
 }
