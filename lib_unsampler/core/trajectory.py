@@ -164,7 +164,7 @@ class Kept:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
@@ -225,6 +225,17 @@ def load(path: Path) -> Trajectory:
         raise TrajectoryError(f"{path}: {error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
         raise TrajectoryError(f"{path}: not a readable trajectory file ({error})") from None
+
+
+def check(path: Path) -> None:
+    """Raises TrajectoryError unless a file's head says that it is a trajectory which this version reads."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_version(file.metadata() or {})
+    except TrajectoryError as error:
+        raise TrajectoryError(f"{path.name}: {error}") from None
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TrajectoryError(f"{path.name}: not a readable trajectory file ({error})") from None
 
 
 def _read(path: Path) -> Trajectory:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,6 +80,10 @@ def fail(message: str) -> NoReturn:
 def note(message: str) -> None:
     """One line on standard error, where the results' names are not."""
     print(f"unsampler: {_line(message)}", file=sys.stderr)
+
+
+def _note_of(path: Path, message: str) -> None:
+    note(f"{path}: {message}")
 
 
 FIELDS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
@@ -325,7 +330,7 @@ def _make(job: Job, pictures: Sequence[Path], made: Sequence[Paths], stops: Stop
         if job.many:
             note(f"picture {number} of {len(pictures)}: {picture}")
         try:
-            source = reading.load_picture(picture, job.size, lambda line, name=picture: note(f"{name}: {line}"))
+            source = reading.load_picture(picture, job.size, partial(_note_of, picture))
         except reading.UnreadableError as error:
             if not job.many:
                 raise
@@ -334,7 +339,8 @@ def _make(job: Job, pictures: Sequence[Path], made: Sequence[Paths], stops: Stop
             continue
         mask = None
         if job.mask:
-            mask = reading.load_mask(job.mask, *source.shape[-2:], lambda line: note(f"{job.mask}: {line}"))
+            height, width = source.shape[-2:]
+            mask = reading.load_mask(job.mask, height, width, partial(_note_of, job.mask))
         for line in running.unsample_picture(source, own, running.Targets(**paths), mask):
             note(about + line)
         _report(paths)
