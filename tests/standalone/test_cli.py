@@ -306,6 +306,24 @@ def test_a_sampler_that_is_inverted_as_another_is_named(picture: Path, tmp_path:
     assert "unsampler: dpmpp_sde adds noise at each step" in capsys.readouterr().err
 
 
+def test_what_was_inverted_as_another_sampler_comes_back_by_it(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Euler a is inverted as Euler: sampled back by Euler a the picture would be lost (9.9 dB)."""
+    there, back, again, other = (tmp_path / n for n in ("t.safetensors", "back.png", "again.png", "other.png"))
+    invert = ("--mode", "invert", "--steps", 10)
+    run(picture, *invert, "--sampler", "euler_ancestral", "--resample", back, "--latents", there)
+    assert torch.equal(pixels(back), pixels(picture))
+    said = capsys.readouterr().err
+    assert "euler_ancestral adds noise at each step: inverted (exact) as euler, and sampled back by euler" in said
+    run("--resume", there, "--resample", again)
+    assert torch.equal(pixels(again), pixels(picture))
+    assert "euler_ancestral was inverted as euler, and is sampled back by it" in capsys.readouterr().err
+    run("--resume", there, "--resample", other, "--sampler", "euler_ancestral")
+    assert "'euler_ancestral' is not 'euler', which was inverted: the picture will not come back" in (
+        capsys.readouterr().err
+    )
+    assert not torch.equal(pixels(other), pixels(picture))
+
+
 def test_what_did_not_converge_is_named(picture: Path, tmp_path: Path, capsys: Capture) -> None:
     run(picture, *INVERT, *SHORT, "--max-calls", 1, "--latents", tmp_path / "t.safetensors")
     assert "step 3 (sigma 0.02917): 1 of 1 images not converged" in capsys.readouterr().err
