@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from . import driven, refusals, saved
 from .driven import Batch, Inverted, Plan
 from .filing import Filing
 from .host.codec import decodable, decode, encoded_picture, free_memory, overlaid
-from .host.draws import HostDraws
+from .host.draws import HostDraws, pass_draws
 from .host.guiding import starting_from
 from .host.progress import Progress, next_job, stopped
 from .host.request import RefusedError, comment
@@ -123,8 +123,15 @@ class BatchRun:
         if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
             return batch.sample(plan)
         *_, (_, z) = self._walk()
+        pass_draws(self.p, self._later_draws(plan))
         with starting_from(self.p.sampler, z):
             return batch.sample(plan)
+
+    def _later_draws(self, plan: Plan) -> int:
+        """How many draws made z beside img2img's own, which the host has drawn already."""
+        made_by = asdict(self.settings) if self.file is None else self.file.settings
+        by_level = made_by.get("mode", "noise") != "invert" and made_by.get("noise") in ("independent", "path")
+        return len(plan.levels.schedule) - 2 - plan.start if by_level else 0
 
     def _walk(self) -> Iterator[tuple[int, Tensor]]:
         """Every kept level, least noisy first, as (schedule index, z)."""
