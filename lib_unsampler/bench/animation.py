@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..pictures.progression import Scene
 from ..pictures.timing import Timing
 from ..settings import Settings
 from ..standalone import running
-from ._report import Report, peak_memory
+from ._report import Report, peak_memory, progress
 
 FRAMES, SIDE, SCALE = 24, 512, 8
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "cat.jpg"
@@ -118,10 +119,9 @@ def run(options: argparse.Namespace) -> Report:
     """Measures every writer on both films."""
     wanted = [writer for writer in WRITERS if "MP4" not in writer or find_spec("av")]
     records = []
-    for name in FILMS:
-        for writer in wanted:
-            command = [sys.executable, "-m", __name__, writer, name]
-            records.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    for name, writer in progress(product(FILMS, wanted), len(FILMS) * len(wanted)):
+        command = [sys.executable, "-m", __name__, writer, name]
+        records.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     rows = [
         [
             record["film"],

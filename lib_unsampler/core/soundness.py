@@ -68,8 +68,8 @@ def _replay_misfits(saved: Trajectory, recorded: Recording) -> list[str]:
         return [f"states {tuple(recorded.states.shape)} do not fit source {shape} and start"]
     if not torch.equal(recorded.sigmas.cpu().float(), saved.schedule.cpu().float()[-steps - 1 :]):
         return ["the maps were made on another schedule"]
-    noisy = steps if saved.schedule[-1] > 0 else steps - 1
-    bare = sorted(set(range(noisy)) - set(recorded.steps))
+    falls = (recorded.sigmas.diff() < 0)[:-1].nonzero().flatten().tolist()  # a repeated level takes no noise
+    bare = sorted(set(falls) - set(recorded.steps))
     found = [f"no map belongs to step {bare[0]} of {steps}"] if bare else []
     for name, value in recorded.options.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):

@@ -12,13 +12,14 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageChops, ImageCms
+from PIL import ExifTags, Image, ImageChops, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from .formats import PLUGINS, READ, REFUSED
@@ -99,7 +100,7 @@ def _identified(path: Path, file: BinaryIO) -> Image.Image:
     Image.init()
     try:
         return Image.open(file, formats=[name for name in READ if name in Image.OPEN])
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadableError(_why_not(path)) from None
 
 
@@ -108,7 +109,7 @@ def _load(picture: Image.Image, reach: int, tell: Tell) -> tuple[int, int]:
     frames = 1
     with suppress(Exception):
         if picture.format != "PSD" and getattr(picture, "is_animated", False):  # a PSD's frames are its layers
-            frames = picture.n_frames
+            frames = getattr(picture, "n_frames", 1)
             picture.seek(0)
     if frames > 1:
         tell(f"holds {frames} frames; the first is taken")
@@ -224,11 +225,21 @@ def _plain(band: Image.Image, mode: str) -> Image.Image:
 
 def _lab_to_rgb(band: Image.Image) -> Image.Image:
     transform = ImageCms.buildTransform(ImageCms.createProfile("LAB"), _srgb(), "LAB", "RGB")
-    return ImageCms.applyTransform(band, transform)
+    return _transformed(band, transform)
+
+
+def _transformed(band: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
+    made = ImageCms.applyTransform(band, transform)
+    assert made is not None  # it would be if the band were changed in place
+    return made
 
 
 def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def _by_profile(transform: ImageCms.ImageCmsTransform, source: str, band: Image.Image) -> Image.Image:
+    return _transformed(band.convert(source), transform)
 
 
 def _managed(picture: Image.Image, mode: str, tell: Tell) -> Convert:
@@ -241,7 +252,7 @@ def _managed(picture: Image.Image, mode: str, tell: Tell) -> Convert:
             with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
                 held = ImageCms.ImageCmsProfile(io.BytesIO(profile))
                 transform = ImageCms.buildTransform(held, _srgb(), source, "RGB")
-                return lambda band: ImageCms.applyTransform(band.convert(source), transform)
+                return partial(_by_profile, transform, source)
         tell("its ICC profile does not fit its colours and is not used")
     return lambda band: band.convert("RGB")
 
@@ -296,13 +307,12 @@ def _shrunk(
 ) -> Image.Image:
     """A picture converted and of its final size: in bands, averaged down on the way where it is much larger."""
     factor = max(1, min(side // (GAP * wanted) for side, wanted in zip(picture.size, final)))
-    page = None
+    size = -(-picture.width // factor), -(-picture.height // factor)
+    page = Image.new("RGB", size)
     for box in _boxes(picture, factor):
         band = convert(picture.crop(box))
         band = band.reduce(factor) if factor > 1 else band
-        if page is None:
-            size = -(-picture.width // factor), -(-picture.height // factor)
-            page = Image.new(band.mode, size)
+        page = page if page.mode == band.mode else Image.new(band.mode, size)
         page.paste(band, (0, box[1] // factor))
     if page.size == final and factor == 1:
         return page

@@ -5,10 +5,10 @@ Everything streams: a level is noised, shown, written and dropped, unless its la
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -22,26 +22,28 @@ from ..core.trajectory import Trajectory
 from ..pictures import animation, render, roundtrip
 from ..pictures.background import Background
 from ..pictures.progression import Frame, Scene, Visit, frames
-from ..pictures.reel import Reel
+from ..pictures.reel import Reel, timing
 from ..settings import Settings
 from . import sampling
 from .embedded import Denoiser, make_model
+from .folders import FRAME_NAME
 from .onward import (
     PREDICTION,
+    WRITTEN_BY,
     carry_back,
     check_saved,
+    first_draw,
     parameters,
     play_back,
     record,
     recorded_levels,
     remaining,
+    resampler,
     source_model,
 )
 from .walkback import WalkBack, round_trip, walk_back
 
 DEFAULT_STEPS = 20
-FRAME_NAME = re.compile(r"\d{5,}_sigma_\d+\.\d{4}\.png")
-
 CHUNK_VALUES = 2**20
 """Values of latents that are turned into pictures at once."""
 
@@ -59,29 +61,107 @@ class Targets:
     report: Path | None = None
 
 
-def check_resampling(settings: Settings) -> None:
-    """Refuses what the embedded model cannot be sampled with, before any work.
+def check(settings: Settings, resamples: bool) -> list[str]:
+    """Refuses what the embedded model cannot do, before any work; returns what there is to say before it.
 
     Raises:
-        ValueError: for an unknown prompt, or a sampler that is wrong for the prediction type or for a replay.
+        ValueError: for an unknown prompt, or a sampler that is wrong for the mode or the prediction type.
     """
+    said = inversion.kin(settings.sampler, settings.solver)[1] if settings.mode == "invert" else None
+    names = ["positive", "negative"] if resamples or settings.mode != "noise" else []
+    _check_prompts(settings, names + (["resample_positive", "resample_negative"] if resamples else []))
     if settings.mode == "replay":
         sigmas = remaining(recorded_levels(plan_levels(settings), settings))
         replay.check_function(sampling.function(settings.sampler), sigmas)
-    sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
-    for prompt in (settings.positive, settings.negative, settings.resample_positive, settings.resample_negative):
-        make_model(settings.model, prompt, 1, 1)
+    if (resamples and settings.mode == "noise") or settings.mode == "replay":
+        sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
+    back = f", and sampled back by {resampler(settings)}" if said and resamples else ""
+    return [said + back] if said else []
 
 
-def check_inversion(settings: Settings) -> str | None:
-    """What is to be said before a picture is inverted: that another sampler than the named one is.
+def _check_prompts(settings: Settings, names: list[str]) -> None:
+    for name in names:
+        try:
+            make_model(settings.model, getattr(settings, name), 1, 1)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def check_resume(saved: Trajectory, settings: Settings, chosen: bool, resamples: bool) -> list[str]:
+    """As :func:`check`, of a saved trajectory.
+
+    Arguments:
+        chosen: Whether the sampler is a new choice, not the trajectory's.
+    """
+    if saved.replay is not None:
+        check_saved(saved, saved.replay, settings)
+    names = ["positive", "negative"] if resamples or settings.panel else []
+    _check_prompts(settings, names + (["resample_positive", "resample_negative"] if resamples else []))
+    if not resamples:
+        return []
+    inverted = settings.mode == "invert"
+    if not inverted or chosen:
+        sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
+    if inverted and chosen:
+        made_by = resampler(replace(settings, sampler=saved.settings["sampler"]))
+        if settings.sampler != made_by:
+            return [
+                f"sampler: {settings.sampler!r} is not {made_by!r}, which was inverted: the picture will not come back"
+            ]
+    if inverted and not chosen and settings.sampler != resampler(settings):
+        return [f"{settings.sampler} was inverted as {resampler(settings)}, and is sampled back by it"]
+    return []
+
+
+def check_frames(folder: Path | None, settings: Settings, sigmas: Tensor) -> None:
+    """Refuses to write frames over files that this program did not make.
 
     Raises:
-        ValueError: for an unknown prompt, or a sampler that can not be inverted.
+        ValueError: naming the first.
     """
-    for prompt in (settings.positive, settings.negative):
-        make_model(settings.model, prompt, 1, 1)
-    return inversion.kin(settings.sampler, settings.solver)[1]
+    if folder is None or not folder.is_dir():
+        return
+    for number, sigma in enumerate(_shown_sigmas(settings, sigmas.tolist())):
+        path = frame_path(folder, number, sigma)
+        if os.path.lexists(path) and not is_ours(path):
+            raise ValueError(f"--frames: {path} was not written by this program; name another folder")
+
+
+def check_animation(path: Path | None, settings: Settings, sigmas: list[float], size: tuple[int, int]) -> None:
+    """Refuses an animation that its format cannot hold.
+
+    Arguments:
+        size: Width and height of a picture.
+
+    Raises:
+        ValueError: saying what is too long or too large.
+    """
+    if path is None:
+        return
+    animation.check_format(path.suffix.lower())
+    form, width = animation.FORMATS[path.suffix.lower()], size[0] * (3 if settings.panel else 1)
+    longest = timing(settings, _shown_sigmas(settings, sigmas)).longest()
+    if longest > form.ticks / form.ticks_per_second:
+        most = form.ticks / form.ticks_per_second
+        raise ValueError(f"duration: a frame of {path} is shown {longest:g} s, above the format's {most:g} s")
+    if max(width, size[1]) > form.side:
+        raise ValueError(f"-o: frames of {width} x {size[1]} in {path} are above the format's {form.side}; see --size")
+
+
+def frame_path(folder: Path, number: int, sigma: float) -> Path:
+    """Where a frame is written."""
+    return folder / f"{number:05d}_sigma_{sigma:.4f}.png"
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that this program wrote, by the text in it."""
+    with suppress(Exception), Image.open(path, formats=["PNG"]) as picture:
+        return str(picture.info.get("parameters", "")).startswith(WRITTEN_BY)
+    return False
+
+
+def _shown_sigmas(settings: Settings, sigmas: list[float]) -> list[float]:
+    return [0.0] * settings.include_clean + sigmas
 
 
 def plan_levels(settings: Settings) -> Levels:
@@ -99,6 +179,7 @@ def unsample_picture(
 ) -> list[str]:
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan, inverts = plan_levels(settings), settings.mode == "invert"
+    check_animation(targets.animation, settings, plan.sigmas.tolist(), (source.shape[-1], source.shape[-2]))
     model = source_model(settings, source, None)  # a model must not see a clean border at a high noise level
     walked_back = walk_back(model, source, plan, settings, PREDICTION[settings.model], quiet) if inverts else None
     walked = noised(source, plan, settings) if walked_back is None else walked_back.kept(plan)
@@ -114,7 +195,9 @@ def unsample_picture(
     if targets.resample and recording is not None:
         play_back(recording, 0, source, mask, settings, targets.resample, quiet)
     elif targets.resample:
-        carry_back(last, source, mask, remaining(plan), settings, targets.resample)
+        first = first_draw(settings, plan.schedule, plan.kept[-1])
+        way = (remaining(plan), settings, resampler(settings), first)
+        carry_back(last, source, mask, *way, targets.resample, quiet)
     return [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
 
 
@@ -160,8 +243,14 @@ def _told(
     return said
 
 
-def resume(saved: Trajectory, settings: Settings, targets: Targets, quiet: bool = False) -> None:
-    """Goes on from a saved trajectory: sampled back, and shown again, as wanted."""
+def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool = False, quiet: bool = False) -> None:
+    """Goes on from a saved trajectory: sampled back, and shown again, as wanted.
+
+    Arguments:
+        chosen: Whether the sampler is a new choice, not the trajectory's.
+    """
+    size = (saved.source.shape[-1], saved.source.shape[-2])
+    check_animation(targets.animation, settings, saved.sigmas.tolist(), size)
     skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
     indices = _indices(saved)
     model = source_model(settings, saved.source, None)
@@ -172,7 +261,12 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, quiet: bool 
     if targets.resample and saved.replay is not None:
         play_back(saved.replay, skip, saved.source, saved.mask, settings, targets.resample, quiet)
     elif targets.resample:
-        carry_back(saved.latent, saved.source, saved.mask, saved.remaining, settings, targets.resample)
+        sampler, first = (
+            settings.sampler if chosen else resampler(settings),
+            first_draw(settings, saved.schedule, saved.start),
+        )
+        way = (saved.remaining, settings, sampler, first)
+        carry_back(saved.latent, saved.source, saved.mask, *way, targets.resample, quiet)
 
 
 def _indices(saved: Trajectory) -> list[int]:
@@ -203,8 +297,9 @@ def _write(
 ) -> Tensor:
     """Runs the levels through every writer that is wanted; returns the noisiest z."""
     text, last = parameters(settings), scene.source
-    sigmas = [0.0] * settings.include_clean + scene.schedule[indices].tolist()
-    stale = {f for f in targets.frames.glob("*.png") if FRAME_NAME.fullmatch(f.name)} if targets.frames else set()
+    sigmas = _shown_sigmas(settings, scene.schedule[indices].tolist())
+    before = targets.frames.glob("*.png") if targets.frames else ()
+    stale = {f for f in before if FRAME_NAME.fullmatch(f.name) and is_ours(f)}
 
     def visit(index: int, z: Tensor, masked: Tensor) -> bool:
         nonlocal last
@@ -222,7 +317,7 @@ def _write(
         for number, frame in enumerate(bar):
             picture = reel.add(frame.pictures[0], frame.index, None)
             if targets.frames:
-                path = targets.frames / f"{number:05d}_sigma_{frame.sigma:.4f}.png"
+                path = frame_path(targets.frames, number, frame.sigma)
                 size = 3 * picture.width * picture.height
                 background.submit(size, stale.discard, _write_frame, path, picture, text)
         sheet = reel.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..settings import Settings
 from . import driven, onward, refusals, saved
 from .driven import Batch, Inverted, Plan
 from .film import Film
-from .host.draws import HostDraws
+from .host.draws import HostDraws, pass_draws
 from .host.progress import add_jobs, next_job, stopped
 from .host.request import comment
 from .host.saving import temporary_file
@@ -127,7 +127,8 @@ class BatchRun:
         by_noise = self.settings.mode == "noise" and self.file is None
         own = by_noise and self.settings.noise == "shared" and not self.settings.normalize
         held = None if own else dict(self.walk())
-        self.sweep.sample(batch, None if held is None else held.__getitem__)
+        later = {index: self._later_draws(plan, index) for index in plan.levels.kept}
+        self.sweep.sample(batch, None if held is None else held.__getitem__, later)
 
     def _sample_from(self, batch: Batch, plan: Plan) -> Tensor:
         """img2img's own sampling, from z at its start level, drawn towards the levels and filmed as wanted."""
@@ -150,10 +151,17 @@ class BatchRun:
             return None
         if not self.wanted & {"init", "strength sweep"} and plan.own_start:
             return None
+        pass_draws(self.p, self._later_draws(plan, plan.start))
         if self.file is not None:
             return self.file.latent.to(self.found[0]).expand_as(self.found[0])
         *_, (_, z) = self.walk()
         return z
+
+    def _later_draws(self, plan: Plan, index: int) -> int:
+        """How many draws made z of a level beside img2img's own, which the host has drawn already."""
+        made_by = asdict(self.settings) if self.file is None else self.file.settings
+        by_level = made_by.get("mode", "noise") != "invert" and made_by.get("noise") in ("independent", "path")
+        return len(plan.levels.schedule) - 2 - index if by_level else 0
 
     def _guide(self, plan: Plan) -> Guide | None:
         """What draws the sampling towards the levels, if it is to be drawn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..settings import Settings
 from .driven import Batch, Plan
 from .filing import ENDINGS
 from .host.codec import finished
-from .host.draws import drawn_once
+from .host.draws import drawn_once, pass_draws
 from .host.guiding import running
 from .host.progress import Progress, next_job, stopped
 from .host.request import comment
@@ -38,24 +38,28 @@ class Sweep:
         """The schedule indices that are sampled here, least noisy first."""
         return self._plan.levels.kept[:-1]
 
-    def sample(self, batch: Batch, level: Callable[[int], Tensor] | None) -> None:
+    def sample(self, batch: Batch, level: Callable[[int], Tensor] | None, later: Mapping[int, int]) -> None:
         """Samples from each level with the request's own noise stream; an interrupt keeps what is done.
 
         Arguments:
             level: z of a schedule index; None where the host's own start state is z.
+            later: How many draws made z beside the first, by schedule index: the sampling draws behind them.
         """
         for index in self.indices:
-            samples = self._sampled(batch, level, index)
+            samples = self._sampled(batch, level, index, later[index])
             if stopped():
                 return
             if samples is not None:
                 self._made.append((index, samples.cpu()))
             next_job()
 
-    def _sampled(self, batch: Batch, level: Callable[[int], Tensor] | None, index: int) -> Tensor | None:
+    def _sampled(
+        self, batch: Batch, level: Callable[[int], Tensor] | None, index: int, later: int
+    ) -> Tensor | None:
         """The samples from one level; None where only one step is left and k-diffusion's function fails at that."""
         try:
             with drawn_once(self._p), self._started(level, index):
+                pass_draws(self._p, later)
                 return batch.sample_at(self._plan.total, index)
         except UnboundLocalError:
             if index != self._plan.levels.visited[0]:

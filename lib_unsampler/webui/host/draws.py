@@ -78,6 +78,13 @@ class HostDraws:
         return drawn.to(self._first.device)
 
 
+def pass_draws(p: Any, count: int) -> None:
+    """Has what is sampled next begin behind ``count`` more of the request's own draws, which made z."""
+    with untouched_generators():
+        for _ in range(count):
+            p.rng.next()
+
+
 @contextmanager
 def untouched_draws() -> Iterator[None]:
     """Has k-diffusion's functions draw from no generator of the request's: some do so only to throw it away."""
