@@ -40,6 +40,7 @@ class Naming:
 
         def saved(files: tuple[Path, ...]) -> None:
             self._files += files
+            self._reply.files += files
             if shown:
                 self._put("frame", Item(saved_item(files[0], text), text, note))
 
@@ -63,7 +64,9 @@ class Naming:
         text = self.texts[image]
         picture.info["parameters"] = text
         if save:
-            picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
+            files = save_picture(self._p, picture, image, text, suffix)
+            self._reply.files += files
+            picture = saved_item(files[0], text)
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
     def animation(self, file: Path, poster: Image.Image, image: int, form: str, save: bool) -> None:
@@ -71,6 +74,7 @@ class Naming:
         text = self.texts[image]
         if save:
             file = save_file(self._p, file, poster, image, text, "-unsampling", preferences().animation_folder)
+            self._reply.files.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
         note = {"kind": "animation", "image": self._number(image), "format": form}
@@ -80,6 +84,7 @@ class Naming:
         """A finished latents file; asked for by name, so it is kept also where samples are not saved."""
         path = save_file(self._p, file, named, 0, self.texts[0], "-unsampling").absolute()
         self._reply.latents.append(str(path))
+        self._reply.files.append(path)
         comment(self._p, f"latents saved: {path}")
 
     def stand_in(self, pictures: Sequence[Image.Image], entry: Mapping[str, Any]) -> None:
@@ -109,6 +114,7 @@ class Naming:
     def _unlink(self) -> None:
         for file in self._files:
             file.unlink(missing_ok=True)
+        self._reply.files = [file for file in self._reply.files if file not in self._files]
 
     def _put(self, kind: str, item: Item) -> None:
         if kind != "frame" or len(self._reply.items[kind]) < self._reply.limit:
