@@ -32,7 +32,7 @@ from . import refusals, shelf
 from .batch import BatchRun
 from .driven import Batch
 from .host.codec import Decoded
-from .host.page import field_defaults, output_folder, preferences
+from .host.page import animation_folder, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
 from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
 from .host.saving import put_first
@@ -262,7 +262,7 @@ class Request:
             items = [] if self.settings.samples else self.reply.stand_ins
         put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
-        folder = output_folder()
+        folder, films = output_folder(), animation_folder()
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
@@ -270,6 +270,7 @@ class Request:
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
             INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
+            INFOTEXT_PREFIX + "animations names": [shelf.name_of(films, file) for file in self.reply.animations],
             **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

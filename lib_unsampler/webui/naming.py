@@ -75,6 +75,7 @@ class Naming:
         if save:
             file = save_file(self._p, file, poster, image, text, "-unsampling", preferences().animation_folder)
             self._reply.files.append(file)
+            self._reply.animations.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
         note = {"kind": "animation", "image": self._number(image), "format": form}

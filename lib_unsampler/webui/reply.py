@@ -31,6 +31,7 @@ class Reply:
         items: What the gallery and the API get, by kind.
         stand_ins: The noisiest frame of each image, for who takes one picture for each.
         latents: Paths of the latents files.
+        animations: Paths of the animations that were saved.
         sigmas: The kept levels that were made, least noisy first.
         files: Every file that was saved.
     """
@@ -39,6 +40,7 @@ class Reply:
     items: dict[str, list[Item]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     stand_ins: list[Item] = field(default_factory=list)
     latents: list[str] = field(default_factory=list)
+    animations: list[Path] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
 

@@ -59,6 +59,11 @@ def output_folder() -> Path:
     return Path(shared.opts.outdir_samples or shared.opts.outdir_img2img_samples)
 
 
+def animation_folder() -> Path:
+    """Where animations go."""
+    return Path(getattr(shared.opts, PREFERENCE + "animation_folder", "") or output_folder())
+
+
 def accounts() -> dict[str, str]:
     """The API's passwords by user name; none where it is open."""
     given = getattr(shared.cmd_opts, "api_auth", None)
