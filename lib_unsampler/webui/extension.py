@@ -32,7 +32,7 @@ from . import refusals, shelf
 from .batch import BatchRun
 from .driven import Batch
 from .host.codec import Decoded
-from .host.page import animation_folder, field_defaults, output_folder, preferences
+from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
 from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
 from .host.saving import put_first
@@ -54,7 +54,7 @@ def attach(p: Any, args: Sequence[Any]) -> None:
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
-        enabled, settings = parse_args(args, "host", field_defaults())
+        enabled, settings = parse_args(args, "host", field_defaults(), earlier_defaults())
         if enabled:
             Request(p, settings).attach()
     except SettingsError as error:
