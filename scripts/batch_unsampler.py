@@ -39,4 +39,6 @@ else:
     script_callbacks.on_before_ui(axes.register)
     script_callbacks.on_ui_settings(lambda: page.add_preferences(ui.preference_components()))
     if page.serves_api():
-        script_callbacks.on_app_started(lambda _, app: routes.add(app, page.output_folder, page.accounts()))
+        script_callbacks.on_app_started(
+            lambda _, app: routes.add(app, page.output_folder, page.accounts(), page.animation_folder)
+        )

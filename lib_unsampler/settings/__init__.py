@@ -18,7 +18,7 @@ from .fields import (
     whole_help,
 )
 from .infotext import INFOTEXT_PREFIX, VERSION_KEY, from_infotext, infotext_key, pasted, to_infotext
-from .parsing import SettingsError, named, parse, parse_args, parse_preferences, read
+from .parsing import Pasted, SettingsError, named, parse, parse_args, parse_preferences, read
 
 __all__ = [
     "FORMATS",
@@ -31,6 +31,7 @@ __all__ = [
     "STOCHASTIC",
     "TITLE",
     "VERSION_KEY",
+    "Pasted",
     "Preferences",
     "Settings",
     "SettingsError",

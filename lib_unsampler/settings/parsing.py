@@ -57,7 +57,9 @@ def read(f: Any, value: Any) -> Any:
     try:
         return convert(f, value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise SettingsError([f"{f.name}: {value!r} is not {allowed(f)}"]) from None
+        cleared = value is None and type(f.default) in (int, float)
+        said = "empty (None)" if cleared else repr(value)
+        raise SettingsError([f"{f.name}: {said} is not {allowed(f)}"]) from None
 
 
 def _whole(value: Any) -> int:
@@ -123,30 +125,70 @@ def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
     return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
-def named(args: Sequence[Any], surface: str) -> dict[str, Any]:
-    """An always-on script's arguments by name, ``enabled`` among them; nothing is checked but their number.
+class Pasted(list):
+    """The output of pasted parameters: the host then fills every argument in, also behind a dict, which goes before."""
+
+
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
+
+
+def named(args: Sequence[Any], surface: str, filled: Mapping[str, Sequence[Any]] = NO_VALUES) -> dict[str, Any]:
+    """An always-on script's arguments by name, ``enabled`` among them; of their values nothing is checked.
 
     ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
     names the script wants it), or positional: enabled, then the surface's fields in order.
+
+    Arguments:
+        filled: With what, beside a field's default, the host may have filled up what is missing behind a dict.
+
+    Raises:
+        SettingsError: naming what is too much.
     """
     args = list(args)
-    if args and isinstance(args[0], Mapping):
-        return {"enabled": True, **args[0]}
     names = ["enabled", *(f.name for f in surface_fields(surface))]
     if len(args) > len(names):
         raise SettingsError([f"args: {len(args)} values where at most {len(names)} are known"])
-    return {"enabled": False, **dict(zip(names, args))}
+    if not args or not isinstance(args[0], Mapping):
+        return {"enabled": False, **dict(zip(names, args))}
+    values = {"enabled": True, **args[0]}
+    if values["enabled"] is not False:
+        _check_behind_dict(args[1:], surface, filled)
+    return values
+
+
+def _check_behind_dict(rest: Sequence[Any], surface: str, filled: Mapping[str, Sequence[Any]]) -> None:
+    errors = []
+    if rest and isinstance(rest[0], Pasted):
+        return
+    for f, value in zip(surface_fields(surface), rest):
+        if not any(_means(f, value, other) for other in (f.default, *filled.get(f.name, ()))):
+            errors.append(f"{f.name}: {value!r} stands behind a dict, which holds every field; put it in there")
+    if errors:
+        raise SettingsError(errors)
+
+
+def _means(f: Any, value: Any, other: Any) -> bool:
+    """Whether a field reads two values as the same; what it cannot read, it does not."""
+    try:
+        return convert(f, value) == convert(f, other)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return False
 
 
 def parse_args(
-    args: Sequence[Any], surface: str, defaults: Mapping[str, Any] = MappingProxyType({})
+    args: Sequence[Any],
+    surface: str,
+    defaults: Mapping[str, Any] = NO_VALUES,
+    filled: Mapping[str, Sequence[Any]] = NO_VALUES,
 ) -> tuple[bool, Settings]:
     """``(enabled, settings)`` from an always-on script's arguments, as :func:`named` takes them.
 
     Arguments:
         defaults: Values of fields that are left out, where they are not the fields' own defaults.
+        filled: As in :func:`named`; the defaults are among it.
     """
-    values = {**defaults, **named(args, surface)}
+    beside = {name: (value, *filled.get(name, ())) for name, value in defaults.items()}
+    values = {**defaults, **named(args, surface, {**filled, **beside})}
     enabled = values.pop("enabled")
     if not isinstance(enabled, bool):
         raise SettingsError([f"enabled: {enabled!r} is not true or false"])

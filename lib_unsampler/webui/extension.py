@@ -7,6 +7,8 @@ what fails later from ``p.save_samples``.
 
 from __future__ import annotations
 
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -33,9 +35,9 @@ from . import refusals, shelf
 from .batch import BatchRun
 from .driven import Batch
 from .host.codec import Decoded
-from .host.page import field_defaults, output_folder, preferences
-from .host.progress import add_jobs
-from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script
+from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
+from .host.progress import add_jobs, quiet
+from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
 from .onward import StrengthMap
@@ -57,12 +59,13 @@ def attach(p: Any, args: Sequence[Any]) -> None:
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
-        enabled, settings = parse_args(args, "host", field_defaults())
+        enabled, settings = parse_args(args, "host", field_defaults(), earlier_defaults())
         if enabled:
             Request(p, settings).attach()
     except SettingsError as error:
         _refuse(p, f"Batch Unsampler: {error}")
     except Exception as error:
+        detach(p)
         _refuse(p, f"Batch Unsampler: {type(error).__name__}: {error}")
 
 
@@ -92,19 +95,28 @@ def detach(p: Any) -> None:
         request.restore(p)
 
 
-def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
-    """Hangs a function on ``p`` in the place of its method; a copy of ``p`` that is processed goes without."""
+def _patch(p: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Hangs a function on ``p`` in the place of its method, which is returned.
+
+    A copy of ``p`` that is processed goes without. Nothing here keeps ``p`` alive: whatever becomes of the
+    request, it ends with its last user.
+    """
+    held, before = weakref.ref(p), vars(p).get(name)  # another script's own patch, if there is one
+
+    def processed() -> Any:
+        return next(iter(running()), held())
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        method = before or getattr(type(processed()), name).__get__(processed())
+        return method(*args, **kwargs)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
-        processed = next(iter(running()), p)
-        if processed is p:
-            return function(*args, **kwargs)
-        own = patched.before or getattr(type(processed), name).__get__(processed)
-        return own(*args, **kwargs)
+        return (function if processed() is held() else own)(*args, **kwargs)
 
     patched.batch_unsampler = True
-    patched.before = vars(p).get(name)  # another script's own patch, if there is one
+    patched.before = before
     setattr(p, name, patched)
+    return own
 
 
 def _unpatch(p: Any, name: str) -> None:
@@ -118,8 +130,10 @@ def _unpatch(p: Any, name: str) -> None:
 
 
 def _refuse(p: Any, message: str) -> None:
+    held = weakref.ref(p)
+
     def refuse(*_: Any, **__: Any) -> None:
-        detach(p)
+        detach(held())
         raise RefusedError(message)
 
     _patch(p, "init", refuse)
@@ -129,7 +143,7 @@ class Request:
     """One request over all its batches: what is hung on ``p``, what the batches made, what is handed over."""
 
     def __init__(self, p: Any, settings: Settings) -> None:
-        self.p = p
+        self._p = weakref.ref(p)
         self.settings = settings
         self.wanted = set(settings.output)
         self.error: Exception | None = None
@@ -143,18 +157,21 @@ class Request:
         self.showings: list[Showing] = []
         self.finals: list[Image.Image] = []
 
+    @property
+    def p(self) -> Any:
+        """The host's request, which holds this one."""
+        return self._p()
+
     def attach(self) -> None:
         """Puts this request's three wrappers on ``p``."""
         p = self.p
         p.batch_unsampler = self
-        self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
         self._own_grid = p.do_not_save_grid
         p.do_not_save_grid = p.do_not_save_grid or not self.settings.samples
         self._own_rounding = getattr(p, "mask_round", None)
         if self.settings.maps:
             p.mask_round = False
-        for name in PATCHED:
-            _patch(p, name, getattr(self, f"on_{name}"))
+        self._own = {name: _patch(p, name, getattr(self, f"on_{name}")) for name in PATCHED}
         p.extra_generation_params[VERSION_KEY] = __version__
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
@@ -170,42 +187,50 @@ class Request:
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
         _unpatch(self.p, "init")
+        try:
+            self._check()
+            return self._own["init"](*args, **kwargs)
+        except BaseException:
+            detach(self.p)
+            raise
+
+    def _check(self) -> None:
         name = self.p.sampler_name
         sampler = make_sampler(self.p)
         try:
             self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
         except ValueError as error:
-            detach(self.p)
             raise RefusedError(f"Batch Unsampler: {error}") from None
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
         if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
-        return self._init(*args, **kwargs)
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
-        own = p.sampler.sample_img2img
+        sampling = p.sampler.sample_img2img
         self._complete()  # of a batch whose own pictures did not come
-        with ExitStack() as guided:
-            run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
-            self.runs.append(run)
-            if p.iteration == 0:
-                jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - SAMPLING))
-                add_jobs(jobs * p.n_iter)
+        try:
+            with ExitStack() as guided:
+                run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
+                self.runs.append(run)
+                if p.iteration == 0:
+                    jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - SAMPLING))
+                    add_jobs(jobs * p.n_iter)
 
-            def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
-                return self._start(run, Batch(own, *args, **kwargs))
+                def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
+                    return self._start(run, Batch(sampling, *args, **kwargs))
 
-            try:
                 with attribute(p.sampler, "sample_img2img", sample_img2img):
-                    samples = self._sample(*args, **kwargs)
-            except BaseException:
-                detach(p)
-                raise
-            self._make(run)
+                    samples = self._own["sample"](*args, **kwargs)
+                self._make(run)
+        except BaseException:
+            detach(p)
+            raise
+        finally:
+            quiet()
         if self.settings.samples and self.error is None:
             return samples
         shape = (3, p.height, p.width)
@@ -227,9 +252,9 @@ class Request:
         try:
             return run.start(batch)
         except ValueError as error:
-            self.error = RefusedError(f"Batch Unsampler: {error}")
+            self._keep(RefusedError(f"Batch Unsampler: {error}"))
         except Exception as error:
-            self.error = error
+            self._keep(error)
         return batch.x
 
     def _make(self, run: BatchRun) -> None:
@@ -243,10 +268,25 @@ class Request:
                 )
             if run.inverted is not None:
                 self.inversions.append(run.inverted.told())
-            self.showings.append(Showing(run, self.reply, self._save_samples))
+            self.showings.append(Showing(run, self.reply, self._own["save_samples"]))
             self.showings[-1].make()
         except Exception as error:
-            self.error = error
+            self._keep(error)
+
+    def _keep(self, error: Exception) -> None:
+        """Keeps what failed until it can be raised, with the files that are there: as words, the rest goes to the log.
+
+        A traceback holds all that its calls held, this request among it.
+        """
+        if not isinstance(error, RefusedError):
+            traceback.print_exception(type(error), error, error.__traceback__)
+        files = self.reply.told_files()
+        self.error = with_more(error, f"saved before that: {files}") if files else error
+        self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
+
+    def _taken(self) -> Exception:
+        error, self.error = self.error, None
+        return error
 
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it."""
@@ -269,10 +309,9 @@ class Request:
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
         if self.error is not None:
-            error = self.error
             detach(self.p)
-            raise error
-        return self._save_samples(*args, **kwargs) and self.settings.samples
+            raise self._taken()
+        return self._own["save_samples"](*args, **kwargs) and self.settings.samples
 
     def hand_over(self, processed: Any) -> None:
         """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
@@ -286,7 +325,7 @@ class Request:
             items = [] if self.settings.samples else self.reply.stand_ins
         put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
-        folder = output_folder()
+        folder, films = output_folder(), animation_folder()
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
@@ -295,6 +334,7 @@ class Request:
             INFOTEXT_PREFIX + "latents": self.reply.latents,
             INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
             **({INFOTEXT_PREFIX + "comfyui": self.reply.comfyui} if self.reply.comfyui else {}),
+            INFOTEXT_PREFIX + "animations names": [shelf.name_of(films, file) for file in self.reply.animations],
             **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

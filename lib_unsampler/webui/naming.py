@@ -43,6 +43,7 @@ class Naming:
 
         def saved(files: tuple[Path, ...]) -> None:
             self._files += files
+            self._reply.files += files
             if shown:
                 self._put("frame", Item(saved_item(files[0], text), text, note))
 
@@ -61,7 +62,9 @@ class Naming:
             text = infotext(self._p, image, {})
         picture.info["parameters"] = text
         if save:
-            picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
+            files = save_picture(self._p, picture, image, text, suffix)
+            self._reply.files += files
+            picture = saved_item(files[0], text)
         self._put("sweep", Item(picture, text, {"image": self._number(image), **entry}))
 
     def picture(
@@ -77,7 +80,9 @@ class Naming:
         text = self.texts[image]
         picture.info["parameters"] = text
         if save:
-            picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
+            files = save_picture(self._p, picture, image, text, suffix)
+            self._reply.files += files
+            picture = saved_item(files[0], text)
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
     def animation(
@@ -87,6 +92,8 @@ class Naming:
         text = self.texts[image]
         if save:
             file = save_file(self._p, file, poster, image, text, SUFFIXES[kind], preferences().animation_folder)
+            self._reply.files.append(file)
+            self._reply.animations.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
         note = {"kind": kind, "image": self._number(image), "format": form}
@@ -95,6 +102,7 @@ class Naming:
     def latents(self, file: Path, named: Image.Image) -> str:
         """A finished latents file, by its path; asked for by name, so it is kept also where samples are not saved."""
         path = save_file(self._p, file, named, 0, self.texts[0], "-unsampling").absolute()
+        self._reply.files.append(path)
         comment(self._p, f"latents saved: {path}")
         return str(path)
 
@@ -125,6 +133,7 @@ class Naming:
     def _unlink(self) -> None:
         for file in self._files:
             file.unlink(missing_ok=True)
+        self._reply.files = [file for file in self._reply.files if file not in self._files]
 
     def _put(self, kind: str, item: Item) -> None:
         if kind != "frame" or len(self._reply.items[kind]) < self._reply.limit:

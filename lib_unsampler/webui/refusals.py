@@ -35,6 +35,7 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
         _check_format(settings)
     _check_sampler(p, settings, sampler)
     _check_onward(p, settings, sampler)
+    _check_strength(p, settings)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
     if set(settings.output) - (SAMPLING - {"strength sweep"}):
@@ -55,6 +56,15 @@ def _check_format(settings: Settings) -> None:
         check_format(ENDINGS[settings.format])
     except ValueError as error:
         raise ValueError(f"format: {error}") from None
+
+
+def _check_strength(p: Any, settings: Settings) -> None:
+    """At strength 0 with *img2img_fix_steps* on, img2img has no step: it gives the source back."""
+    if settings.samples and img2img_steps(p)[0] < 1:
+        raise ValueError(
+            f"denoising_strength: {p.denoising_strength:g} leaves no noise level to sample from where the WebUI does "
+            "img2img's steps exactly (img2img_fix_steps); take more than 0, or leave init out of output"
+        )
 
 
 def _check_sampler(p: Any, settings: Settings, sampler: Any) -> None:

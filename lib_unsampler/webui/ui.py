@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ..core.trajectory import TrajectoryError
-from ..settings import OUTPUTS, Preferences, pasted, surface_fields
+from ..settings import OUTPUTS, Pasted, Preferences, pasted, surface_fields
 from . import shelf
 
 ELEM_ID = "batch_unsampler"
@@ -147,7 +147,7 @@ def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, 
     def reader(f: Any) -> Callable[[Mapping[str, str]], Any]:
         def read(params: Mapping[str, str]) -> Any:
             value = (pasted(params, "host") or {}).get(f.name)
-            return list(value) if isinstance(value, tuple) else value
+            return Pasted(value) if isinstance(value, tuple) else value
 
         return read
 

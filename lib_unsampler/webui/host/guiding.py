@@ -128,7 +128,7 @@ def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, 
     with attribute(sampler, "func", run):
         out = own(p, *args, **kwargs)
     if raised:
-        raise raised[0]
+        raise raised.pop()  # kept here, it would keep this call and all that is in it
     return out
 
 

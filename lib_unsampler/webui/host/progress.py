@@ -60,3 +60,8 @@ def add_jobs(count: int) -> None:
 def next_job() -> None:
     """One of the jobs is done: the host's bar begins the next one's part."""
     shared.state.nextjob()
+
+
+def quiet() -> None:
+    """The text beside the host's bar is no longer ours, whatever has happened."""
+    shared.state.textinfo = None

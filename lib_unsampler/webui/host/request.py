@@ -23,6 +23,17 @@ class RefusedError(HTTPException):
         return self.detail
 
 
+def with_more(error: Exception, text: str) -> Exception:
+    """The same error, whose text says more."""
+    if isinstance(error, RefusedError):
+        return RefusedError(f"{error}; {text}")
+    if isinstance(error, OSError) and error.errno is not None:
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        return type(error)(error.errno, f"{error.strerror}{name}; {text}")
+    error.args = (f"{error}; {text}", *error.args[1:])
+    return error
+
+
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Shadows an attribute on one object, and takes the shadow off again whatever happens."""

@@ -120,6 +120,9 @@ class StableDiffusionProcessingImg2Img:
     extra_generation_params: dict = field(default_factory=dict)
     comments: list = field(default_factory=list)
 
+    def close(self):
+        self.sampler = self.c = self.uc = None
+
     def comment(self, text):
         self.comments.append(text)
 

@@ -61,6 +61,7 @@ opts = Options(
     img2img_extra_noise=0.0,
     samples_save=True,
     samples_format="png",
+    save_txt=False,
     save_incomplete_images=False,
     live_previews_enable=True,
     overlay_inpaint=True,
