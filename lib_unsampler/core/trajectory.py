@@ -2,8 +2,8 @@
 
 The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
 ``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
-``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never
-unpickles anything.
+``handoff`` (a mask of 1 where only the hand-off is another state, as with img2img's extra noise), of a
+replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never unpickles anything.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Trajectory:
     Attributes:
         z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
         sigmas: The levels' sigmas, rising, with shape (L).
-        schedule: The whole descending schedule the levels are from, ending in 0, with shape (n + 1).
+        schedule: The whole descending schedule the levels are from, to where sampling ends, with shape (n + 1).
         start: The index in ``schedule`` of the noisiest level, where sampling goes on.
         source: The clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
         seeds: One seed per image.
         mask: With a mask, its weights, broadcastable against ``source``; else None.
         handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
-            at a high noise level. None without a mask, where it is ``z[-1]``.
+            at a high noise level; with what img2img adds to it. None without a mask, where it is ``z[-1]``.
         replay: The source as a sampler's noises, made on the end of ``schedule`` from ``start`` or
             later; None unless the run was a replay.
         settings: The request's fields, as plain values.
@@ -104,7 +104,7 @@ class Trajectory:
 
     @property
     def remaining(self) -> Tensor:
-        """The schedule from the hand-off level to 0."""
+        """The schedule from the hand-off level to where sampling ends."""
         return self.schedule[self.start :]
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..core.inversion import unconverged
 from ..core.noising import walk
 from ..core.replay import Recording
-from ..core.schedule import levels
 from ..core.trajectory import Trajectory
 from ..pictures import render
 from ..pictures.progression import Scene, frames
@@ -24,14 +23,20 @@ from .driven import Batch, Inverted, Plan
 from .filing import Filing
 from .host.codec import decodable, decode, encoded_picture, free_memory, overlaid
 from .host.draws import HostDraws
-from .host.guiding import starting_from
-from .host.progress import Progress, next_job, stopped
+from .host.guiding import noting_start, starting_from
+from .host.progress import Progress, stopped
 from .host.request import RefusedError, comment
-from .host.schedule import get_sigmas, img2img_steps, prediction_type
+from .host.schedule import img2img_steps, prediction_type
 from .reply import Reply
 
 PICTURES = {"frames", "animation", "contact sheet"}
 """Outputs that need every level decoded."""
+
+
+def extra_jobs(settings: Settings, resumed: bool) -> int:
+    """Jobs of one batch for the host's progress bar, beyond its own one; ``resumed`` is from a latents file."""
+    makes = bool(set(settings.output) - {"init"}) or settings.report
+    return driven.jobs(settings, resumed) + (settings.samples and makes)
 
 
 class BatchRun:
@@ -54,6 +59,7 @@ class BatchRun:
         self.inverted: Inverted | None = None
         self._recording: Recording | None = None
         self._found: tuple[Tensor, Tensor, Plan] | None = None
+        self._began: Tensor | None = None if file is None else file.latent
 
     @property
     def started(self) -> bool:
@@ -71,8 +77,6 @@ class BatchRun:
             batch = self._resumed(batch)
         self._found = (batch.x, batch.noise, plan)
         self._drive(batch, plan)
-        if self.inverted is not None or self._recording is not None:
-            next_job()
         if not self.settings.samples or stopped():
             return x
         if not plan.own_start:
@@ -86,7 +90,7 @@ class BatchRun:
         total, end = refusals.asked_steps(p, settings)
         if self.file is not None:
             return saved.plan(self.file, total, end if settings.samples else None)
-        walked = levels(get_sigmas(p, p.sampler, total), end, settings.step_increment)
+        walked = refusals.asked_levels(p, settings, p.sampler)
         prediction = prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == img2img_steps(p))
 
@@ -121,8 +125,13 @@ class BatchRun:
             return driven.sample_replayed(batch, plan, self._recording, self.settings.skip)
         by_noise = self.settings.mode == "noise" and self.file is None
         if by_noise and self.settings.noise == "shared" and not self.settings.normalize and plan.own_start:
-            return batch.sample(plan)
-        *_, (_, z) = self._walk()
+            with noting_start(self.p.sampler) as began:
+                made = batch.sample(plan)
+            self._began = began[0] if began else None  # z, and what img2img may add to it (img2img_extra_noise)
+            return made
+        z = None if self.file is None else self.file.latent.to(batch.x).expand_as(batch.x)
+        if z is None:
+            *_, (_, z) = self._walk()
         with starting_from(self.p.sampler, z):
             return batch.sample(plan)
 
@@ -145,11 +154,11 @@ class BatchRun:
             return
         begins_clean = shown and self.settings.include_clean
         progress = Progress(len(plan.levels.kept) + begins_clean, own_job=self.settings.samples, writes=True)
-        seen, last = 0, None
+        seen, last, reached = 0, None, -1
 
         def visit(index: int, z: Tensor, masked: Tensor) -> bool:
-            nonlocal seen, last
-            seen, last = seen + 1, z
+            nonlocal seen, last, reached
+            seen, last, reached = seen + 1, z, index
             filing.level(index, masked)
             if shown or (index == plan.start and not self.settings.samples):
                 return True
@@ -162,14 +171,21 @@ class BatchRun:
             made = frames(self._until_stopped(), scene, begins_clean, self._decode, chunk, visit, free_memory)
             for number, frame in enumerate(made, 1):
                 filing.frame(frame)
-                progress.step(number, frame.pictures[-1])
+                progress.step(number if shown else seen, frame.pictures[-1])
             progress.writing()
             if last is None:
                 filing.abandon()  # interrupted before there was any noise
             else:
-                filing.finish(self.saves(), x, scene.mask, last, self._recording)
+                mask, began = scene.mask, self._handoff(last) if reached == plan.start else last
+                if mask is None and not torch.equal(began, last):
+                    mask = last.new_ones([1] * last.ndim)  # a file has its hand-off beside a mask
+                filing.finish(self.saves(), x, mask, began, self._recording)
                 self._report(filing)
         progress.done()
+
+    def _handoff(self, last: Tensor) -> Tensor:
+        """Where sampling goes on: the noisiest level, unmasked, or what img2img made of it."""
+        return last if self._began is None else self._began.to(last).expand_as(last)
 
     def _scene(self, x: Tensor, plan: Plan) -> Scene:
         estimates = self.inverted.estimates if self.inverted is not None and self.settings.panel else {}

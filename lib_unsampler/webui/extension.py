@@ -27,7 +27,7 @@ from ..settings import (
     to_infotext,
 )
 from . import refusals, shelf
-from .batch import BatchRun
+from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
 from .host.page import field_defaults, output_folder, preferences
@@ -154,8 +154,7 @@ class Request:
         own = p.sampler.sample_img2img
         run = BatchRun(p, self.settings, self.saved, self.reply, self._save_samples)
         if p.iteration == 0:
-            jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - {"init"}))
-            add_jobs(jobs * p.n_iter)
+            add_jobs(extra_jobs(self.settings, self.saved is not None) * p.n_iter)
 
         def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
             return self._start(run, Batch(own, *args, **kwargs))

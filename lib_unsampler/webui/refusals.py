@@ -6,6 +6,7 @@ from typing import Any
 
 from ..core.inversion import kin
 from ..core.replay import check_function
+from ..core.schedule import Levels
 from ..core.trajectory import Trajectory, TrajectoryError
 from ..pictures.animation import check_format
 from ..settings import TITLE, Settings
@@ -14,7 +15,7 @@ from .filing import ENDINGS
 from .host.guiding import sampler_function
 from .host.page import output_folder
 from .host.request import refiner
-from .host.schedule import get_sigmas, has_sigmas, img2img_steps, prediction_type
+from .host.schedule import get_sigmas, has_sigmas, host_levels, img2img_steps, prediction_type
 
 
 def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | None:
@@ -32,8 +33,9 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     _check_sampler(p, settings, sampler)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
+    walked = asked_levels(p, settings, sampler)
     if set(settings.output) - {"init"}:
-        _check_work(p, settings, most)
+        _check_work(p, settings, walked, most)
     return None
 
 
@@ -41,6 +43,15 @@ def asked_steps(p: Any, settings: Settings) -> tuple[int, int]:
     """(steps of the schedule, the index where it ends), as the request and img2img say."""
     total, start = img2img_steps(p) if settings.samples else (settings.steps or p.steps, 0)
     return total, settings.end_at_step if settings.end_at_step >= 0 else start
+
+
+def asked_levels(p: Any, settings: Settings, sampler: Any) -> Levels:
+    """The levels of the host's schedule that the request asks for.
+
+    Raises:
+        ValueError: naming the scheduler, if its sigmas are no schedule.
+    """
+    return host_levels(p, sampler, *asked_steps(p, settings), settings.step_increment)
 
 
 def _check_format(settings: Settings) -> None:
@@ -85,9 +96,9 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     return file
 
 
-def _check_work(p: Any, settings: Settings, most: int) -> None:
-    total, end = asked_steps(p, settings)
-    frames = -(-max(1, total - end) // settings.step_increment) + settings.include_clean
+def _check_work(p: Any, settings: Settings, walked: Levels, most: int) -> None:
+    total, _ = asked_steps(p, settings)
+    frames = len(walked.kept) + settings.include_clean
     images = p.batch_size * p.n_iter
     megapixels = frames * images * p.width * p.height / 1e6
     if megapixels > most:

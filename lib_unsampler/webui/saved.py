@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..core.schedule import Levels
+from ..core.noising import blend
+from ..core.schedule import Levels, noisy
 from ..core.trajectory import Trajectory
 from .driven import Plan
 
@@ -56,12 +57,17 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
     schedule, kept = saved.schedule.cpu().float(), [saved.start]
     for sigma in saved.sigmas.flip(0)[1:]:
         kept.append(next(i for i in range(kept[-1] + 1, len(schedule)) if schedule[i] == sigma))
-    last = int((schedule > 0).sum()) - 1
-    levels = Levels(schedule, tuple(range(last, saved.start - 1, -1)), tuple(reversed(kept)))
+    levels = Levels(schedule, tuple(range(noisy(schedule) - 1, saved.start - 1, -1)), tuple(reversed(kept)))
     return Plan(levels, saved.prediction, total, own_start in (None, saved.start))
 
 
 def walk(saved: Trajectory, plan: Plan, like: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Every level as (schedule index, z), least noisy first; the last is what sampling goes on from, unmasked."""
-    levels = [*saved.z[:-1], saved.latent]
+    """Every level as (schedule index, z), least noisy first; the last is unmasked, where the file has it so."""
+    levels = [*saved.z[:-1], saved.z[-1] if begins_elsewhere(saved) else saved.latent]
     return ((index, z.to(like).expand_as(like)) for index, z in zip(plan.levels.kept, levels))
+
+
+def begins_elsewhere(saved: Trajectory) -> bool:
+    """Whether sampling goes on from another state than the noisiest level (img2img's extra noise)."""
+    level = blend(saved.latent.float(), saved.source, saved.mask)
+    return not torch.allclose(level, saved.z[-1].float(), rtol=1e-3, atol=1e-3)
