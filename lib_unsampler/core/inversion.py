@@ -150,6 +150,12 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     return name, f"{sampler} {why}: inverted ({solver}) as {name}"
 
 
+def without_noise(sampler: str, solver: str, options: Mapping[str, Any]) -> str:
+    """The message to show where a sampler's options (``s_churn``) add noise, which its inversion leaves out."""
+    churn = f" with s_churn {options['s_churn']:g}" if options.get("s_churn") else ""
+    return f"{sampler}{churn} adds noise at each step: inverted ({solver}) without it, and sampling does not come back"
+
+
 def invert(
     model: Model,
     x: Tensor,

@@ -8,7 +8,8 @@ when it tells of a step, whether it draws noise, and whether it looks back over 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,11 @@ class RehearsalError(ValueError):
 
 def name_of(function: Sampler) -> str:
     """The sampler's name in k-diffusion."""
-    return function.__name__.removeprefix("sample_")
+    return getattr(function, "__name__", repr(function)).removeprefix("sample_")
 
 
 class StandIn:
-    """A denoiser that costs nothing; whatever else a sampler asks of its model (its prediction type), the model says."""
+    """A denoiser that costs nothing; what else a sampler asks of its model (its prediction type), the model says."""
 
     def __init__(self, model: Any = None) -> None:
         self._model = model
@@ -47,28 +48,45 @@ def waves(number: int, like: Tensor) -> Tensor:
     shape = (1, like.shape[1], *[1] * (like.ndim - 2)) if like.ndim > 1 else (1,)
     places = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64)
     made = (1.4 * torch.sin(places * (2.3 + 1.7 * number) + number)).reshape(shape)
-    return made.to(like.device, torch.float32)
+    return made.float().to(like.device)
 
 
 def rehearse(
-    function: Sampler, model: Any, x: Tensor, sigmas: Tensor, options: Mapping[str, Any], **changed: Any
+    function: Sampler, model: Any, x: Tensor, sigmas: Tensor, options: Mapping[str, Any], seed: int = 0, **changed: Any
 ) -> Tensor:
-    """What the sampler makes of x; ``changed`` are options in other ones' place.
+    """What the sampler makes of x; torch's generators are left as they were.
+
+    Arguments:
+        function: The sampler.
+        model: A stand-in for its denoiser.
+        x: Where it starts.
+        sigmas: The schedule.
+        options: The sampler's keywords.
+        seed: For what it draws from torch's own generators.
+        changed: Options in other ones' place.
 
     Raises:
         RehearsalError: by name, whatever it ran into.
     """
     run = {**options, "extra_args": {}, "callback": None, "disable": True, **changed}
     try:
-        return function(model, x, sigmas, **run)
-    except ValueError:
+        with _seeded(seed, x.device):
+            return function(model, x, sigmas, **run)
+    except RehearsalError:
         raise
     except Exception as error:
-        raise RehearsalError(f"sampler: {name_of(function)!r} cannot be tried out: {_said(error)}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise RehearsalError(f"sampler: {name_of(function)!r} cannot be tried out: {said}") from error
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class Forward:
         return min(self.first[step] + stage, end - 1)
 
 
-def forward(function: Sampler, model: Any, like: Tensor, sigmas: Tensor, **options: Any) -> Forward:
+def forward(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **options: Any) -> Forward:
     """How a sampler's run over a descending schedule is counted.
 
     k-diffusion's samplers tell of a step (``callback``) after its first model call, and hosts show that number
@@ -120,11 +138,7 @@ def forward(function: Sampler, model: Any, like: Tensor, sigmas: Tensor, **optio
     return Forward(tuple(first), tuple(shown))
 
 
-def draws_noise(function: Sampler, model: Any, like: Tensor, sigmas: Tensor, **options: Any) -> bool:
-    """Whether a sampler that takes no ``noise_sampler`` draws noise of its own (``s_churn``): from torch's generator."""
-    made = []
-    for seed in (1, 2):
-        with torch.random.fork_rng(devices=[like.device] if like.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            made.append(rehearse(function, StandIn(model), waves(0, like), sigmas, options))
-    return not torch.equal(*made)
+def draws_noise(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **options: Any) -> bool:
+    """Whether a sampler that takes no ``noise_sampler`` draws noise of its own (``s_churn``)."""
+    one, other = (rehearse(function, StandIn(model), waves(0, like), sigmas, options, seed) for seed in (1, 2))
+    return not torch.equal(one, other)

@@ -56,7 +56,7 @@ SAME = 2e-3
 """How far a repeated model call may be off, RMS by the level's sigma or 1: half precision's rounding, and no more."""
 
 
-class ReplayError(ValueError):
+class ReplayError(RehearsalError):
     """A sampler, options or a schedule with which a picture cannot be replayed."""
 
 
@@ -356,27 +356,25 @@ def rehearsed(
     try:
         run = {"callback": recorder.callback, "noise_sampler": recorder}
         made = recorder.recording(function, options, rehearse(function, stand_in, zs[-1], sigmas, options, **run))
-        _check_repeats(function, stand_in, made, 0, options, f"sampler: {name!r} does not repeat itself with the same "
-                       "noises: it draws others of its own")  # fmt: skip
-        if skip:
-            _check_repeats(function, stand_in, made, min(skip, steps - 1), options,
-                           f"skip: {name!r} looks back over its steps; its maps begin where they were made")  # fmt: skip
+        if not _repeats(function, stand_in, made, 0, options):
+            raise ReplayError(f"sampler: {name!r} does not repeat itself with the same noises: it draws others too")
+        if skip and not _repeats(function, stand_in, made, min(skip, steps - 1), options):
+            raise ReplayError(f"skip: {name!r} looks back over its steps; its maps begin where they were made")
+    except ReplayError:
+        raise
     except RehearsalError as error:
         alone = f"skip: {name!r} cannot sample a single step; start at a noisier level"
         raise ReplayError(alone if steps == 1 else str(error)) from error
 
 
-def _check_repeats(
-    function: Sampler, stand_in: StandIn, made: Recording, skip: int, options: Mapping[str, Any], otherwise: str
-) -> None:
-    """Raises ReplayError with a message unless the states from a step on are the recorded ones again."""
+def _repeats(function: Sampler, stand_in: StandIn, made: Recording, skip: int, options: Mapping[str, Any]) -> bool:
+    """Whether a sampler's states from a step on are the recorded ones again."""
     seen: list[Tensor] = []
     run = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
-    seen.append(rehearse(function, stand_in, made.states[skip], made.sigmas[skip:], options, **run))
+    seen.append(rehearse(function, stand_in, made.states[skip], made.sigmas[skip:], options, seed=1, **run))
     out = waves(0, seen[0]).cpu().double() - made.residual
     wanted = [*made.states[skip:], out.to(seen[0])]
-    if len(seen) != len(wanted) or not torch.allclose(torch.stack(seen), torch.stack(wanted), rtol=1e-4, atol=1e-4):
-        raise ReplayError(otherwise)
+    return len(seen) == len(wanted) and torch.allclose(torch.stack(seen), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 def replay(

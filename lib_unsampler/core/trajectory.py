@@ -44,8 +44,7 @@ class Trajectory:
     Attributes:
         z: Latents with shape (L, B, C, [T,] H, W), unmasked unless ``blended``.
         sigmas: The levels' sigmas, rising, with shape (L).
-        schedule: The whole descending schedule the levels are from, with shape (n + 1); it ends where sampling
-            ends, at 0 or above.
+        schedule: The whole descending schedule the levels are from, to where sampling ends, with shape (n + 1).
         start: The index in ``schedule`` of the noisiest level, where sampling goes on.
         source: The clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
@@ -86,7 +85,7 @@ class Trajectory:
 
     @property
     def remaining(self) -> Tensor:
-        """The schedule from the hand-off level to its end."""
+        """The schedule from the hand-off level to where sampling ends."""
         return self.schedule[self.start :]
 
     def tensors(self) -> dict[str, Tensor]:

@@ -13,19 +13,25 @@ from torch import Tensor
 from ..core.inversion import unconverged
 from ..core.noising import add_noise, normalize_noise, walk
 from ..core.replay import Recording
-from ..core.schedule import levels, step_at
+from ..core.schedule import step_at
 from ..core.trajectory import Trajectory
-from ..settings import Settings
+from ..settings import SAMPLING, Settings
 from . import driven, onward, refusals, saved
 from .driven import Batch, Inverted, Plan
 from .film import Film
 from .host.draws import HostDraws, pass_draws
-from .host.progress import add_jobs, next_job, stopped
+from .host.progress import add_jobs, stopped
 from .host.request import comment
 from .host.saving import temporary_file
-from .host.schedule import get_sigmas, guiding_timestep, img2img_steps, prediction_type
+from .host.schedule import guiding_timestep, img2img_steps, prediction_type
 from .onward import Guide, StrengthMap
 from .sweep import Sweep
+
+
+def extra_jobs(settings: Settings, resumed: bool) -> int:
+    """Jobs of one batch for the host's progress bar, beyond its own one; ``resumed`` is from a latents file."""
+    makes = bool(set(settings.output) - SAMPLING) or settings.report
+    return driven.jobs(settings, resumed) + (settings.samples and makes)
 
 
 class BatchRun:
@@ -50,6 +56,7 @@ class BatchRun:
         self.sweep: Sweep | None = None
         self._stack = ExitStack()
         self.found: tuple[Tensor, Tensor, Plan] | None = None
+        self.began: Tensor | None = None if file is None else file.latent
 
     @property
     def started(self) -> bool:
@@ -67,8 +74,6 @@ class BatchRun:
             batch = self._resumed(batch)
         self.found = (batch.x, batch.noise, plan)
         self._drive(batch, plan)
-        if self.inverted is not None or self.recording is not None:
-            next_job()
         if not self.settings.samples or stopped():
             return x
         if not plan.own_start:
@@ -86,11 +91,10 @@ class BatchRun:
         total, end = refusals.asked_steps(p, settings, p.sampler)
         if self.file is not None:
             return saved.plan(self.file, total, end if settings.samples else None)
-        sigmas = get_sigmas(p, p.sampler, total)
-        if settings.end_at_sigma > 0 and not step_at(sigmas, settings.end_at_sigma)[1]:
-            lowest = float(sigmas[end])
+        walked = refusals.asked_levels(p, settings, p.sampler)
+        if settings.end_at_sigma > 0 and not step_at(walked.schedule, settings.end_at_sigma)[1]:
+            lowest = float(walked.schedule[walked.kept[-1]])
             comment(p, f"end_at_sigma: {settings.end_at_sigma:g} is below the lowest level; it ends at {lowest:.4g}")
-        walked = levels(sigmas, end, settings.step_increment)
         prediction = prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == img2img_steps(p))
 
@@ -141,7 +145,10 @@ class BatchRun:
         listen = None if self.film is None else self.film.listen
         if self.recording is not None:
             return driven.sample_replayed(batch, plan, self.recording, self.settings.skip, listen)
-        made = onward.sample(batch, plan, self._start_state(plan), self._guide(plan), listen)
+        start = self._start_state(plan)
+        made, began = onward.sample(batch, plan, start, self._guide(plan), listen)
+        if self.file is None:
+            self.began = began  # z, and what img2img may add to it (img2img_extra_noise)
         return made if self.map is None else torch.where(self.map.strengths.to(made) > 0, made, batch.x.to(made))
 
     def _start_state(self, plan: Plan) -> Tensor | None:

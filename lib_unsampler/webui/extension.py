@@ -32,7 +32,7 @@ from ..settings import (
     to_infotext,
 )
 from . import refusals, shelf
-from .batch import BatchRun
+from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
 from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
@@ -217,8 +217,7 @@ class Request:
                 run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
                 self.runs.append(run)
                 if p.iteration == 0:
-                    jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - SAMPLING))
-                    add_jobs(jobs * p.n_iter)
+                    add_jobs(extra_jobs(self.settings, self.saved is not None) * p.n_iter)
 
                 def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
                     return self._start(run, Batch(sampling, *args, **kwargs))

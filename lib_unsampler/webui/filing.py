@@ -127,13 +127,16 @@ class Filing:
         self._saver.finish()
         self._naming.abandon()
 
-    def finish(self, save: bool, source: Tensor, mask: Tensor | None, recording: Recording | None) -> None:
+    def finish(
+        self, save: bool, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
+    ) -> None:
         """Writes what is only known at the end.
 
         Arguments:
             save: Whether the host still saves this batch's images: it may not, once it was interrupted.
             source: Clean latents with shape (B, C, [T,] H, W).
             mask: Weights that broadcast against them, or None.
+            handoff: Where sampling began, if not at the noisiest level.
             recording: The noises of a replay, if it was one.
         """
         self._reply.sigmas = [float(self._plan.levels.schedule[index]) for index in self._indices]
@@ -152,7 +155,7 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            self._file_latents(self._trajectory(source, mask, recording))
+            self._file_latents(self._trajectory(source, mask, handoff, recording))
         self._say_what_is_missing(save)
 
     def _file_latents(self, made: Trajectory) -> None:
@@ -173,7 +176,9 @@ class Filing:
         number = self._p.iteration * self._p.batch_size + image
         comment(self._p, f"round trip of image {number}: {'; '.join(trip.lines())}")
 
-    def _trajectory(self, source: Tensor, mask: Tensor | None, recording: Recording | None) -> Trajectory:
+    def _trajectory(
+        self, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
+    ) -> Trajectory:
         p, plan = self._p, self._plan
         return trajectory.of_walk(
             plan.levels.schedule,
@@ -182,6 +187,7 @@ class Filing:
             source,
             plan.prediction,
             mask=mask,
+            handoff=handoff,
             replay=recording if self._indices[-1] == plan.start else None,  # not of what was interrupted
             seeds=tuple(int(seed) for seed in p.seeds),
             settings=asdict(self._settings),

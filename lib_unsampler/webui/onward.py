@@ -30,8 +30,10 @@ class Guide:
     level: Callable[[int], Tensor]
 
 
-def sample(batch: Batch, plan: Plan, start: Tensor | None, guide: Guide | None, listen: Listen | None) -> Tensor:
-    """The host's own sampling from the plan's noisiest level down.
+def sample(
+    batch: Batch, plan: Plan, start: Tensor | None, guide: Guide | None, listen: Listen | None
+) -> tuple[Tensor, Tensor | None]:
+    """The host's own sampling from the plan's noisiest level down, and the state that it began from.
 
     Arguments:
         start: The state to start from; None is the host's own.
@@ -44,6 +46,7 @@ def sample(batch: Batch, plan: Plan, start: Tensor | None, guide: Guide | None, 
 
     def run(function: Callable[..., Tensor], model: Any, x: Tensor, **options: Any) -> Tensor:
         x = x if start is None else start.to(x)
+        began.append(x.detach().clone())
         if listen is not None:
             options["callback"] = listening(plan.start, listen, options.get("callback"))
         if guide is None:
@@ -55,10 +58,10 @@ def sample(batch: Batch, plan: Plan, start: Tensor | None, guide: Guide | None, 
         level = guide.level
         return sample_guided(function, model, x, sigmas, weights, lambda i: level(i + plan.start), calls, **options)
 
-    if start is None and guide is None and listen is None:
-        return batch.sample(plan)
+    began: list[Tensor] = []
     with running(batch.p.sampler, run):
-        return batch.sample(plan)
+        made = batch.sample(plan)
+    return made, began[0] if began else None
 
 
 def skip_residual(plan: Plan, timesteps: Callable[[int], float], settings: Settings) -> dict[int, Weight]:

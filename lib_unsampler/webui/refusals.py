@@ -8,7 +8,7 @@ from typing import Any
 from ..core import comfy
 from ..core.inversion import kin
 from ..core.replay import check_function
-from ..core.schedule import step_at
+from ..core.schedule import Levels, step_at
 from ..core.trajectory import Trajectory, TrajectoryError
 from ..pictures.animation import check_format
 from ..settings import SAMPLING, TITLE, Settings
@@ -18,7 +18,14 @@ from .host.codec import factor, latent_scale
 from .host.guiding import sampler_function
 from .host.page import output_folder
 from .host.request import refiner
-from .host.schedule import get_sigmas, has_sigmas, img2img_steps, is_inpainting_model, prediction_type
+from .host.schedule import (
+    get_sigmas,
+    has_sigmas,
+    host_levels,
+    img2img_steps,
+    is_inpainting_model,
+    prediction_type,
+)
 
 
 def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | None:
@@ -38,8 +45,9 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     _check_strength(p, settings)
     if settings.trajectory:
         return _fitting(p, settings, sampler)
+    walked = asked_levels(p, settings, sampler)
     if set(settings.output) - (SAMPLING - {"strength sweep"}):
-        _check_work(p, settings, sampler, most)
+        _check_work(p, settings, asked_steps(p, settings, sampler)[0], walked, most)
     return None
 
 
@@ -49,6 +57,15 @@ def asked_steps(p: Any, settings: Settings, sampler: Any) -> tuple[int, int]:
     if settings.end_at_sigma > 0:
         return total, step_at(get_sigmas(p, sampler, total), settings.end_at_sigma)[0]
     return total, settings.end_at_step if settings.end_at_step >= 0 else start
+
+
+def asked_levels(p: Any, settings: Settings, sampler: Any) -> Levels:
+    """The levels of the host's schedule that the request asks for.
+
+    Raises:
+        ValueError: naming the scheduler, if its sigmas are no schedule.
+    """
+    return host_levels(p, sampler, *asked_steps(p, settings, sampler), settings.step_increment)
 
 
 def _check_format(settings: Settings) -> None:
@@ -139,9 +156,8 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     return file
 
 
-def _check_work(p: Any, settings: Settings, sampler: Any, most: int) -> None:
-    total, end = asked_steps(p, settings, sampler)
-    levels = -(-max(1, total - end) // settings.step_increment)
+def _check_work(p: Any, settings: Settings, total: int, walked: Levels, most: int) -> None:
+    levels = len(walked.kept)
     frames = levels + settings.include_clean + levels * ("strength sweep" in settings.output)
     images = p.batch_size * p.n_iter
     megapixels = frames * images * p.width * p.height / 1e6

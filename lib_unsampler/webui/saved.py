@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.noising import add_noise, implied_noise
-from ..core.schedule import Levels
+from ..core.schedule import Levels, noisy
 from ..core.trajectory import Trajectory
 from .driven import Plan
 
@@ -69,8 +69,7 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
     schedule, kept = saved.schedule.cpu().float(), [saved.start]
     for sigma in saved.sigmas.flip(0)[1:]:
         kept.append(next(i for i in range(kept[-1] + 1, len(schedule)) if schedule[i] == sigma))
-    last = int((schedule > 0).sum()) - 1
-    levels = Levels(schedule, tuple(range(last, saved.start - 1, -1)), tuple(reversed(kept)))
+    levels = Levels(schedule, tuple(range(noisy(schedule) - 1, saved.start - 1, -1)), tuple(reversed(kept)))
     return Plan(levels, saved.prediction, total, own_start in (None, saved.start))
 
 

@@ -46,6 +46,7 @@ class Showing:
         self._stack = ExitStack()
         self._filing: Filing | None = None
         self._last: Tensor | None = None
+        self._reached = -1
         self._sweep = run.sweep
 
     def make(self) -> None:
@@ -70,7 +71,7 @@ class Showing:
 
         def visit(index: int, z: Tensor, masked: Tensor) -> bool:
             nonlocal seen
-            seen, self._last = seen + 1, z
+            seen, self._last, self._reached = seen + 1, z, index
             filing.level(index, z)
             if noising or (index == self._plan.start and not self._settings.samples):
                 return True
@@ -84,7 +85,7 @@ class Showing:
         made = frames(self._until_stopped(), self._scene(), begins_clean, self._decode, chunk, visit, free_memory)
         for frame in made:
             filing.frame(frame)
-            progress.step(filing.count, frame.pictures[-1])
+            progress.step(filing.count if noising else seen, frame.pictures[-1])
         if self._filmed:
             states = self._run.film.levels()
             for frame in stills(states, len(self._x), schedule, self._decode, chunk, free_memory):
@@ -111,9 +112,17 @@ class Showing:
                 filing.abandon()  # interrupted before there was any noise
             else:
                 mask = getattr(self._p, "nmask", None)
-                filing.finish(self._saves(), self._x, mask, self._run.recording)
+                filing.finish(self._saves(), self._x, mask, self._handoff(), self._run.recording)
                 self._report(filing)
         self._progress.done()
+
+    def _handoff(self) -> Tensor | None:
+        """Where sampling began, if the noisiest level was reached and img2img made something else of it."""
+        began = self._run.began
+        if began is None or self._reached != self._plan.start:
+            return None
+        began = began.to(self._last).expand_as(self._last)
+        return None if torch.equal(began, self._last) else began
 
     def close(self) -> None:
         """Forgets what is not finished."""

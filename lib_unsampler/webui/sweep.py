@@ -16,8 +16,8 @@ from ..settings import Settings
 from .driven import Batch, Plan
 from .filing import ENDINGS
 from .host.codec import finished
-from .host.draws import drawn_once, pass_draws
-from .host.guiding import running
+from .host.draws import pass_draws, repeatable_draws
+from .host.guiding import starting_from
 from .host.progress import Progress, next_job, stopped
 from .host.request import comment
 from .host.saving import temporary_file
@@ -53,12 +53,10 @@ class Sweep:
                 self._made.append((index, samples.cpu()))
             next_job()
 
-    def _sampled(
-        self, batch: Batch, level: Callable[[int], Tensor] | None, index: int, later: int
-    ) -> Tensor | None:
+    def _sampled(self, batch: Batch, level: Callable[[int], Tensor] | None, index: int, later: int) -> Tensor | None:
         """The samples from one level; None where only one step is left and k-diffusion's function fails at that."""
         try:
-            with drawn_once(self._p), self._started(level, index):
+            with repeatable_draws(self._p, batch.noise), self._started(level, index):
                 pass_draws(self._p, later)
                 return batch.sample_at(self._plan.total, index)
         except UnboundLocalError:
@@ -72,7 +70,7 @@ class Sweep:
     def _started(self, level: Callable[[int], Tensor] | None, index: int) -> Any:
         if level is None:
             return nullcontext()
-        return running(self._p.sampler, lambda function, model, x, **o: function(model, level(index).to(x), **o))
+        return starting_from(self._p.sampler, level(index))
 
     def file(self, reply: Reply, save: bool, finals: Sequence[Image.Image], device: Any) -> None:
         """Decodes and files the pictures, and an animation that ends with the request's own pictures.

@@ -10,6 +10,7 @@ import torch
 from modules import devices, sd_samplers, sd_samplers_common
 from torch import Tensor
 
+from ...core.schedule import Levels, levels
 from .request import RefusedError, attribute
 
 
@@ -57,6 +58,21 @@ def get_sigmas(p: Any, sampler: Any, steps: int) -> Tensor:
     alpha = alphas[sampler.get_timesteps(p, steps).to(alphas.device)].double()
     sigmas = ((1 - alpha) / alpha).sqrt().flip(0).float().cpu()
     return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def host_levels(p: Any, sampler: Any, total: int, end: int, increment: int) -> Levels:
+    """The walk through the host's schedule, of the host's own length and to the host's own end.
+
+    Some schedulers give a level more or less than ``total`` steps have; img2img can start at the latter's alone.
+
+    Raises:
+        ValueError: naming the scheduler, if its sigmas are no schedule.
+    """
+    name = getattr(p, "scheduler", None) or "Automatic"
+    try:
+        return levels(get_sigmas(p, sampler, total), min(end, max(total - 1, 0)), increment, whole=True)
+    except ValueError as error:
+        raise ValueError(f"scheduler: {name!r} with {total} steps cannot be walked: {error}") from None
 
 
 def img2img_steps(p: Any, steps: int | None = None) -> tuple[int, int]:
