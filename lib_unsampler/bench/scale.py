@@ -1,4 +1,4 @@
-"""A whole run of the command line at scale: peak memory and time for 100 to 1,000 frames, with --full to 10,000.
+"""A whole run of the command line at scale: peak memory and time for 100 to 500 frames, with --full to 10,000.
 
 Every run is a process of its own. ``overlap`` is the time from the first frame to the finished file over
 the larger of decoding and encoding alone, with a decoder that takes as long as encoding does (the hardest
@@ -50,7 +50,7 @@ class Scale:
     rounds: int
 
 
-SHORT = Scale({128: (1000,), 512: (200,)}, {128: 200, 512: 40}, 3)
+SHORT = Scale({128: (500,), 512: (150,)}, {128: 120, 512: 24}, 3)
 FULL = Scale({128: (1000, 10000), 512: (1000,)}, {128: 1000, 512: 300}, 5)
 
 

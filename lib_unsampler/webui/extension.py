@@ -28,9 +28,11 @@ from ..settings import (
     Settings,
     SettingsError,
     parse_args,
+    remarks,
     surface_fields,
     to_infotext,
 )
+from ..settings.effects import clamped
 from . import refusals, shelf
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
@@ -201,11 +203,22 @@ class Request:
             self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
         except ValueError as error:
             raise RefusedError(f"Batch Unsampler: {error}") from None
+        for line in self._without_effect():
+            comment(self.p, line)
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
         if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
+
+    def _without_effect(self) -> list[str]:
+        """What was asked for and changes nothing, or less than it says."""
+        defaults = field_defaults()
+        values = {f.name: (getattr(self.settings, f.name), f.default) for f in surface_fields("host")}
+        given = {name for name, (value, own) in values.items() if value not in (own, defaults.get(name, own))}
+        steps = refusals.asked_steps(self.p, self.settings)[0]
+        beyond = [] if self.settings.trajectory else clamped(self.settings, steps)
+        return [*remarks(self.settings, given, self.settings.output), *beyond]
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""

@@ -244,9 +244,13 @@ def test_global_generators_are_left_as_found(host: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
-def test_the_sampler_s_own_draws_are_not_consumed(host: SimpleNamespace, noise: str) -> None:
+def test_the_sampler_s_own_draws_are_those_behind_z(host: SimpleNamespace, noise: str) -> None:
+    """Shared noise is img2img's own first draw; of the other kinds each level has one, and those come before."""
     plain = host.run(sampler_name="Euler a")[0]
-    ours = host.run({"output": ["init", "frames"], "noise": noise}, sampler_name="Euler a")[0]
+    ours, processed = host.run({"output": ["init", "frames"], "noise": noise}, sampler_name="Euler a")
+    if noise != "shared":
+        for _ in processed.extra_generation_params["Unsampler sigmas"][1:]:
+            plain.rng.next()
     states = [p.rng.generators[0].get_state() for p in (plain, ours)]
     assert torch.equal(*states) == (noise == "shared")  # the others' sampling begins behind the draws that made z
     assert torch.equal(ours.latest_samples, plain.latest_samples) == (noise == "shared")
