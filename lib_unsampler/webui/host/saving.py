@@ -80,6 +80,7 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
 
 
 def saved_item(file: Path, text: str) -> Image.Image:
+<<<<<<< HEAD
     """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for.
 
     The file is open only then: a reply may hold more pictures than a process may open files, and an open
@@ -97,6 +98,10 @@ def saved_item(file: Path, text: str) -> Image.Image:
         return picture.load()
 
     picture.load, picture.draft = load, lambda *_: None  # a draft is a smaller reading of the file, for thumbnails
+=======
+    """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for."""
+    picture: Any = Image.open(file)
+>>>>>>> main
     picture.info["parameters"] = text
     picture.already_saved_as = str(file)
     return picture
@@ -137,7 +142,7 @@ def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str)
         if not saved:
             file.unlink()
         return data
-    picture = poster.copy()
+    picture: Any = poster.copy()
     picture.info["parameters"] = text
     if saved and preferences().animation_folder:
         shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders
