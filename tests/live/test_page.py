@@ -6,6 +6,7 @@ Run with ``-m live`` where Playwright and a Chromium are (``CHROMIUM`` names ano
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,24 @@ def quoted(value: str) -> str:
 @settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SHARED)
 @given(values=requests("host"))
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
-    said = ("positive", "negative", "trajectory")
-    texts = {name: values[name].replace("\r", "") for name in said}  # as a page has them
+    texts = {name: values[name].replace("\r", "") for name in ("positive", "negative")}  # as a page has them
+    texts["trajectory"] = re.sub("[\r\n]", "", values["trajectory"])  # the chooser has one line
     wanted = parse({**values, **texts}, "host")
     written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
     paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
     got = everything(page)
     assert {k: v for k, v in got.items() if v != expected(wanted)[k]} == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["cat.safetensors\n", "\ncat.safetensors", "a\ncat.safetensors", "cat.safetensors\r\n"]
+)
+def test_a_pasted_file_name_has_one_line(page: Any, name: str) -> None:
+    written = {"Unsampler version": "0", **to_infotext(parse({"trajectory": name}, "host"), "host")}
+    lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
+    paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
+    assert shown(page, "trajectory") == re.sub("[\r\n]", "", name)
 
 
 def test_a_picture_s_own_parameters_are_pasted(page: Any) -> None:
