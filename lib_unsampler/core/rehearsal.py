@@ -36,6 +36,7 @@ class StandIn:
         self._model = model
 
     def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+        """D(x; sigma) of no picture in particular."""
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x)
         return x / (1 + sigma**2) + (3 * sigma.clamp(min=1e-6).log()).cos()
 
@@ -96,10 +97,12 @@ class Forward:
     Attributes:
         first: The number of each step's first call, from 0.
         shown: The step that the host shows at each call: the last one that the sampler told of, or 0.
+        sigmas: The noise level of each call.
     """
 
     first: Sequence[int]
     shown: Sequence[int]
+    sigmas: Sequence[float]
 
     def call(self, step: int, stage: int) -> int:
         """The number of a step's call; of one that the step does not make, that of its last."""
@@ -120,11 +123,13 @@ def forward(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **op
     """
     first: list[int] = []
     shown: list[int] = []
+    levels: list[float] = []
     told = 0
 
     class Counted(StandIn):
         def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
             shown.append(told)
+            levels.append(float(sigma.flatten()[0]))
             return super().__call__(x, sigma, **args)
 
     def callback(info: Mapping[str, Any]) -> None:
@@ -133,9 +138,9 @@ def forward(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **op
         first.append(len(shown) - 1)
 
     takes = "noise_sampler" in inspect.signature(function).parameters
-    silent = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
+    silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
     rehearse(function, Counted(model), waves(0, like), sigmas, options, callback=callback, **silent)
-    return Forward(tuple(first), tuple(shown))
+    return Forward(tuple(first), tuple(shown), tuple(levels))
 
 
 def draws_noise(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **options: Any) -> bool:

@@ -164,7 +164,7 @@ class OpenNoise:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> OpenNoise:
-        return self * (1 / factor)
+        return self.__mul__(1 / factor)
 
     def __radd__(self, mu: Tensor) -> Tensor:
         return self._asked.settle(mu, self._factors)
@@ -234,7 +234,8 @@ class Recorder:
         """Z at a level: the given one (or the source) at the step's end, a fresh one at a level on the way there."""
         step = min(len(self.states), len(self._targets))
         if torch.isclose(sigma.cpu().float(), self._sigmas[step].cpu().float(), rtol=1e-5):  # exp(log(s)) is not s
-            return self._targets[step - 1]
+            held: Tensor = self._targets[step - 1]
+            return held
         return add_noise(self._source, next(self._fresh), sigma, self._prediction)
 
     def recording(self, function: Sampler, options: Mapping[str, Any], out: Tensor) -> Recording:
@@ -277,7 +278,7 @@ class _AskedAgain:
         self._model, self._rewind, self._calls = model, rewind, 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised = self._model(x, sigma, **args)
+        denoised: Tensor = self._model(x, sigma, **args)
         self._calls += 1
         if self._calls == 1:
             self._rewind()
@@ -354,7 +355,7 @@ def rehearsed(
     fresh = (waves(1 + number, like) for number in count(steps))
     recorder, stand_in = Recorder(sigmas, torch.stack(zs), source, fresh, prediction), StandIn(model)
     try:
-        run = {"callback": recorder.callback, "noise_sampler": recorder}
+        run: dict[str, Any] = {"callback": recorder.callback, "noise_sampler": recorder}
         made = recorder.recording(function, options, rehearse(function, stand_in, zs[-1], sigmas, options, **run))
         if not _repeats(function, stand_in, made, 0, options):
             raise ReplayError(f"sampler: {name!r} does not repeat itself with the same noises: it draws others too")

@@ -400,6 +400,7 @@ class Settings:
         "Guide: how far each sampling step is drawn towards its noise level; 0 is plain img2img.",
         minimum=0.0,
         maximum=1.0,
+        outputs=("guide",),
     )
     guide_alpha: float = option(
         3.0,
@@ -407,6 +408,7 @@ class Settings:
         "Guide: how soon it lets go on the way to the picture. 0 never does; 3 is DemoFusion's.",
         minimum=0.0,
         maximum=100.0,
+        outputs=("guide",),
     )
     guide_from: float = option(
         0.0,
@@ -414,6 +416,7 @@ class Settings:
         "Guide: the share of the executed steps at which it begins.",
         minimum=0.0,
         maximum=1.0,
+        outputs=("guide",),
     )
     guide_until: float = option(
         1.0,
@@ -421,6 +424,7 @@ class Settings:
         "Guide: the share of the executed steps at which it ends.",
         minimum=0.0,
         maximum=1.0,
+        outputs=("guide",),
     )
     guide_weight: str = option(
         "skip residual",
@@ -429,6 +433,7 @@ class Settings:
         "strengths: white places change as much as the denoising strength says, black ones not at all.",
         choices=("skip residual", "map"),
         surfaces=("host",),
+        outputs=("guide",),
     )
     end_at_sigma: float = option(
         0.0,
@@ -442,12 +447,14 @@ class Settings:
         "Film",
         "What frames and animation show: the noising, img2img's own sampling, or both, there and back.",
         choices=("noising", "sampling", "both"),
+        outputs=("init", "guide", "resample"),
     )
     film_view: str = option(
         "state",
         "Film view",
         "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
         choices=("state", "estimate"),
+        outputs=("init", "guide", "resample"),
     )
     guide: bool = option(
         False,

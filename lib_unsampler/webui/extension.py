@@ -203,7 +203,7 @@ class Request:
             self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
         except ValueError as error:
             raise RefusedError(f"Batch Unsampler: {error}") from None
-        for line in self._without_effect():
+        for line in self._without_effect(sampler):
             comment(self.p, line)
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
@@ -211,12 +211,12 @@ class Request:
         if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
 
-    def _without_effect(self) -> list[str]:
+    def _without_effect(self, sampler: Any) -> list[str]:
         """What was asked for and changes nothing, or less than it says."""
         defaults = field_defaults()
         values = {f.name: (getattr(self.settings, f.name), f.default) for f in surface_fields("host")}
         given = {name for name, (value, own) in values.items() if value not in (own, defaults.get(name, own))}
-        steps = refusals.asked_steps(self.p, self.settings)[0]
+        steps = refusals.asked_steps(self.p, self.settings, sampler)[0]
         beyond = [] if self.settings.trajectory else clamped(self.settings, steps)
         return [*remarks(self.settings, given, self.settings.output), *beyond]
 

@@ -51,8 +51,8 @@ def sample(
             options["callback"] = listening(plan.start, listen, options.get("callback"))
         if guide is None:
             return function(model, x, **options)
+        sigmas = options.pop("sigmas")
         with untouched_draws():
-            sigmas = options.pop("sigmas")
             calls = first_calls(function, model, x, sigmas, **options)
         weights = {index - plan.start: c for index, c in guide.weights.items()}
         level = guide.level

@@ -40,9 +40,11 @@ class Showing:
         """
         self._run, self._reply, self._saves = run, reply, saves
         self._p, self._settings = run.p, run.settings
+        if run.found is None:
+            raise ValueError("a batch that was not started shows nothing")
         self._x, _, self._plan = run.found
         self._shown = bool(run.wanted & PICTURES)
-        self._filmed = run.film is not None and self._shown
+        self._film = run.film if self._shown else None
         self._stack = ExitStack()
         self._filing: Filing | None = None
         self._last: Tensor | None = None
@@ -58,14 +60,14 @@ class Showing:
         except BaseException:
             self.close()
             raise
-        if not self._filmed:
+        if self._film is None:
             self._finish_levels([])
 
     def _file_levels(self) -> None:
-        noising = self._shown and (not self._filmed or self._settings.film == "both")
+        noising = self._shown and (self._film is None or self._settings.film == "both")
         begins_clean = noising and self._settings.include_clean
-        steps = self._run.film.indices if self._filmed else []
-        count = len(self._plan.levels.kept) if noising or not self._filmed else 0
+        steps = self._film.indices if self._film is not None else []
+        count = len(self._plan.levels.kept) if noising or self._film is None else 0
         progress = Progress(count + begins_clean + len(steps), own_job=self._settings.samples, writes=True)
         seen = 0
 
@@ -79,15 +81,15 @@ class Showing:
             return False
 
         schedule, chunk = self._plan.levels.schedule, decodable(self._x)
-        sigmas = [0.0] * begins_clean + (self._plan.levels.sigmas.tolist() if noising or not self._filmed else [])
-        sigmas += [*schedule[steps].tolist(), 0.0] if self._filmed else []
+        sigmas = [0.0] * begins_clean + (self._plan.levels.sigmas.tolist() if noising or self._film is None else [])
+        sigmas += [*schedule[steps].tolist(), 0.0] if self._film is not None else []
         filing = self._filing = self._stack.enter_context(self._begun(sigmas))
         made = frames(self._until_stopped(), self._scene(), begins_clean, self._decode, chunk, visit, free_memory)
         for frame in made:
             filing.frame(frame)
             progress.step(filing.count if noising else seen, frame.pictures[-1])
-        if self._filmed:
-            states = self._run.film.levels()
+        if self._film is not None:
+            states = self._film.levels()
             for frame in stills(states, len(self._x), schedule, self._decode, chunk, free_memory):
                 filing.frame(frame, "sampling")
                 progress.step(filing.count, frame.pictures[-1])
@@ -106,7 +108,7 @@ class Showing:
             return
         self._progress.writing()
         with self._stack:
-            if self._filmed and finals:
+            if self._film is not None and finals:
                 filing.frame(Frame(None, 0.0, list(finals)), "result")
             if self._last is None:
                 filing.abandon()  # interrupted before there was any noise
@@ -119,7 +121,7 @@ class Showing:
     def _handoff(self) -> Tensor | None:
         """Where sampling began, if the noisiest level was reached and img2img made something else of it."""
         began = self._run.began
-        if began is None or self._reached != self._plan.start:
+        if began is None or self._last is None or self._reached != self._plan.start:
             return None
         began = began.to(self._last).expand_as(self._last)
         return None if torch.equal(began, self._last) else began
@@ -133,9 +135,8 @@ class Showing:
         run, plan = self._run, self._plan
         estimates = run.inverted.estimates if run.inverted is not None and self._settings.panel else {}
         mask = getattr(self._p, "nmask", None)
-        file = run.file
-        blended = file is not None and file.blended
-        mask = file.mask if blended else mask
+        blended = run.file is not None and run.file.blended
+        mask = run.file.mask if run.file is not None and blended else mask
         return Scene(self._x, plan.levels.schedule, plan.prediction, self._settings.view, mask, estimates, blended)
 
     def _until_stopped(self) -> Iterator[tuple[int, Tensor]]:

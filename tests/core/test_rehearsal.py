@@ -188,7 +188,8 @@ def test_a_model_with_two_answers_to_one_question_is_refused() -> None:
     assert calls == 2  # nothing more is spent
 
 
-def test_the_repeated_call_is_announced_and_only_one(host_calls: int = 8) -> None:
+def test_the_repeated_call_is_announced_and_only_one() -> None:
+    host_calls = 8
     seen: list[str] = []
 
     def counting(x: Tensor, sigma: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def saved_item(file: Path, text: str) -> Image.Image:
         held = weakref.ref(picture)
 
     def load() -> Any:
-        picture = held()
+        picture: Any = held()
         del picture.load, picture.draft
         with Image.open(file) as read:
             read.load()
