@@ -103,31 +103,30 @@ def whole(path: Path) -> Iterator[Path]:
     """
     final = check(path)
     sweep(final.parent)
-    with naming(path), _locked_part(final.parent) as part:
+    with naming(path):
+        part, lock = _new_part(final.parent)
         try:
             yield part
             os.replace(part, final)
         finally:
+            if lock is not None:
+                os.close(lock)
             part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked_part(folder: Path) -> Iterator[Path]:
-    """A new empty file, locked as long as it is being written, so that :func:`sweep` knows it from a stale one."""
+def _new_part(folder: Path) -> tuple[Path, int | None]:
+    """A new empty file, and what keeps it locked while it is being written: :func:`sweep` knows a stale one by that."""
     while True:
         part = folder / f".{uuid.uuid4().hex}.part"  # of its own length, also where the name is as long as can be
         opened = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        try:
-            if fcntl is None:
-                break
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(opened, fcntl.LOCK_EX)
-            if part.exists():
-                yield part
-                return
-        finally:
-            os.close(opened)
-    yield part  # not held open: Windows moves no open file
+        if fcntl is None:
+            os.close(opened)  # Windows moves no open file
+            return part, None
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        if part.exists():
+            return part, opened
+        os.close(opened)  # swept before it was locked
 
 
 @cache

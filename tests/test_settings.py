@@ -74,6 +74,7 @@ def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
         own = {"steps": 0, "end_at_step": -1, "step_increment": 1, "noise": "shared", "normalize": False}
         own["end_at_sigma"] = 0.0
         mended |= own | ({"mode": "noise"} if mended["mode"] == "invert" else {})
+    mended |= {"panel": False} if mended["film"] != "noising" and "panel" in mended else {}
     if mended["mode"] == "invert":
         return {**mended, "noise": "shared", "normalize": False, "skip": 0}
     mended |= {name: False for name in ("panel", "report") if name in mended}

@@ -52,6 +52,10 @@ REFUSED = (
         "normalize: true does not go with mode invert, whose noise would no longer be the model's",
     ),
     _rule(lambda s: s.panel and not INVERTS(s), "panel: true needs mode invert"),
+    _rule(
+        lambda s: s.panel and s.film != "noising",
+        "panel: true does not go with film {film}, whose frames are single pictures",
+    ),
     _rule(lambda s: s.report and not INVERTS(s), "report: true needs mode invert"),
     _rule(
         lambda s: REPLAYS(s) and s.noise == "path",

@@ -67,9 +67,9 @@ FORMATS = ("gif", "webp", "apng", "mp4")
 BOTH = ("cli", "host")
 
 
-MOVING = ("animation",)
+MOVING = ("animation", "strength sweep")
 SHOWN = ("frames", "animation", "contact sheet")
-THINNED = ("frames", "animation", "contact sheet", "sigma curve", "latents")
+THINNED = (*SHOWN, "sigma curve", "latents", "comfyui", "strength sweep")
 RESAMPLED = ("resample",)
 """Outputs that fields belong to; ``resample`` and ``report`` are the command line's, beside :data:`OUTPUTS`."""
 

@@ -91,3 +91,15 @@ def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
         for frame in frames(3):
             reel.add(frame, 1, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("side", "captions", "named"), [(96, False, True), (95, False, False), (60, True, True)])
+def test_the_pictures_of_a_panel_are_named_where_there_is_room(side: int, captions: bool, named: bool) -> None:
+    parts = [Image.new("RGB", (side, side), (80 + 30 * i,) * 3) for i in range(3)]
+    settings = Settings(mode="invert", panel=True, captions=captions)
+    panel = render.beside(parts)
+    with Background() as background, Reel(settings, SIGMAS, "", background, None, False) as reel:
+        clean, noisy = reel.add(panel, None, None), reel.add(panel, 3, None)
+    middle = render.caption(3, 0.1, None, "invert") if captions else ["the noisy latent"]
+    wanted = render.captioned_panel(panel, [["source"], middle, ["what the model sees in it"]])
+    assert noisy.tobytes() == (wanted if named else panel).tobytes() and (clean.tobytes() != panel.tobytes()) == named
