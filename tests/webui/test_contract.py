@@ -82,6 +82,15 @@ FACTS = {
         "xi += noise * opts.img2img_extra_noise",
     ],
     "sd_samplers_timesteps.py": ["alphas_cumprod = shared.sd_model.alphas_cumprod"],
+    "sd_samplers_common.py": [
+        "step = d['i']",
+        "state.sampling_step = step",
+        "state.sampling_steps = steps",
+        "s_churn = getattr(opts, 's_churn', p.s_churn)",
+        "self.rng = p.rng",
+    ],
+    "sd_samplers_cfg_denoiser.py": ["state.sampling_step, state.sampling_steps,", "self.step += 1"],
+    "progress.py": ["progress += job_no / job_count", "progress += 1 / job_count * sampling_step / sampling_steps"],
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
         "def process_images(p: StableDiffusionProcessing)",
