@@ -152,7 +152,7 @@ def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
     return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
-class Pasted(list):
+class Pasted(list[str]):
     """The output of pasted parameters: the host then fills every argument in, also behind a dict, which goes before."""
 
 
@@ -197,7 +197,7 @@ def _check_behind_dict(rest: Sequence[Any], surface: str, filled: Mapping[str, S
 def _means(f: Any, value: Any, other: Any) -> bool:
     """Whether a field reads two values as the same; what it cannot read, it does not."""
     try:
-        return convert(f, value) == convert(f, other)
+        return bool(convert(f, value) == convert(f, other))
     except (ValueError, TypeError, KeyError, OverflowError):
         return False
 

@@ -77,9 +77,9 @@ def _file_chooser(f: Any, folder: Callable[[], Path]) -> Any:
         return gr.update(choices=["", *shelf.names(folder())], value=name)
 
     common = {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
-    chooser = gr.Dropdown(choices=[], value=f.default, allow_custom_value=True, scale=8, **common)
+    chooser: Any = gr.Dropdown(choices=[], value=f.default, allow_custom_value=True, scale=8, **common)
     chooser.preprocess = lambda value: value or ""  # settings.py checks it, as it does numbers
-    narrow = {"scale": 1, "min_width": 80}
+    narrow: dict[str, Any] = {"scale": 1, "min_width": 80}
     look = gr.Button("Look for files", elem_id=f"{ELEM_ID}_look", **narrow)
     upload = gr.UploadButton("Upload one", file_types=[shelf.ENDING], elem_id=f"{ELEM_ID}_upload", **narrow)
     look.click(listed, inputs=[], outputs=[chooser], show_progress=False)
@@ -91,6 +91,7 @@ def _control(f: Any, defaults: Mapping[str, Any]) -> Any:
     """The gradio control of a field: its label, bounds, choices and help are the field's own."""
     common = {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
     value, choices = defaults.get(f.name, f.default), f.metadata["choices"]
+    control: Any
     if choices is OUTPUTS:
         control = gr.CheckboxGroup(choices=list(choices), value=list(value), **common)
     elif choices:
@@ -114,7 +115,7 @@ def _number(f: Any, value: float, common: Mapping[str, Any]) -> Any:
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
     step = min(0.01, f.default or 0.01)
     kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": step}
-    number = gr.Number(value=value, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
+    number: Any = gr.Number(value=value, elem_classes=["batch-unsampler-number"], **kind, **bounds, **common)
     number.preprocess = lambda value: value
     return number
 

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_live import CAT, URL, apart, as_base64, ask, img2img, notes, pixels
-from test_readme import README
+from test_readme import WEBUI, python_examples
 
 from lib_unsampler.core import trajectory
 from lib_unsampler.settings import surface_fields
@@ -276,9 +276,11 @@ def test_the_bar_only_goes_forward_and_says_why(
         assert any(text in (p["textinfo"] or "") for p in seen)
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
-def test_a_python_example_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.findall(r"```python\n(.*?)```", README, re.S)[number]
+@pytest.mark.parametrize("number", range(len(python_examples(WEBUI))))
+def test_a_python_example_of_the_webuis_readme_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = python_examples(WEBUI)[number]
     if "webuiapi" in example:
         pytest.importorskip("webuiapi")
     Image.open(CAT).convert("RGB").resize((128, 128)).save(tmp_path / "cat.jpg")
@@ -287,7 +289,7 @@ def test_a_python_example_of_the_readme_runs(number: int, tmp_path: Path, monkey
     example = example.replace("127.0.0.1", host).replace("7860", port)
     for small in ('"width": 128, "height": 128, "steps": 6', "width=128, height=128, steps=6"):
         example = example.replace('"steps": 20' if ":" in small else "steps=20", small)
-    exec(compile(example, f"README example {number + 1}", "exec"), {})
+    exec(compile(example, f"webui/README.md example {number + 1}", "exec"), {})
     made = {file.suffix: file.read_bytes() for file in tmp_path.iterdir() if file.name != "cat.jpg"}
     assert made
     for ending, data in made.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from fastapi import HTTPException
@@ -53,7 +54,8 @@ def running() -> list[Any]:
 
     The call stack tells: there is nothing to be remembered that an error could leave standing.
     """
-    found, frame = [], sys._getframe(1)
+    found: list[Any] = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "process_images" and frame.f_globals.get("__name__") == processing.__name__:
             found.append(frame.f_locals.get("p"))

@@ -85,11 +85,12 @@ def saved_item(file: Path, text: str) -> Image.Image:
     The file is open only then: a reply may hold more pictures than a process may open files, and an open
     one keeps a disk busy.
     """
-    with Image.open(file) as picture:
+    picture: Any = Image.open(file)
+    with picture:
         held = weakref.ref(picture)
 
     def load() -> Any:
-        picture = held()
+        picture: Any = held()
         del picture.load, picture.draft
         with Image.open(file) as read:
             read.load()
@@ -137,7 +138,7 @@ def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str)
         if not saved:
             file.unlink()
         return data
-    picture = poster.copy()
+    picture: Any = poster.copy()
     picture.info["parameters"] = text
     if saved and preferences().animation_folder:
         shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders
