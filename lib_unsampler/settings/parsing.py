@@ -125,7 +125,7 @@ def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
     return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
-class Pasted(list[Any]):
+class Pasted(list[str]):
     """The output of pasted parameters: the host then fills every argument in, also behind a dict, which goes before."""
 
 

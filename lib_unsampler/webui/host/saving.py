@@ -85,8 +85,8 @@ def saved_item(file: Path, text: str) -> Image.Image:
     The file is open only then: a reply may hold more pictures than a process may open files, and an open
     one keeps a disk busy.
     """
-    picture: Any
-    with Image.open(file) as picture:
+    picture: Any = Image.open(file)
+    with picture:
         held = weakref.ref(picture)
 
     def load() -> Any:
