@@ -58,10 +58,9 @@ def requests(surface: str) -> st.SearchStrategy[dict[str, Any]]:
 
 def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
-    mended = {**values, **({} if values["end_at_sigma"] == 0 else {"end_at_step": -1})}
+    mended = {**values, **({"end_at_step": -1} if values.get("end_at_sigma") else {})}
     wanted = set(values.get("output", ()))
-    guides = "guide" in wanted or values.get("guide", False)
-    if guides:
+    if "guide" in wanted:
         low, high = sorted((values["guide_from"], values["guide_until"]))
         mended |= {"guide_from": low, "guide_until": high, "noise": "shared"}
         mended |= {"mode": "noise"} if values["mode"] == "replay" else {}
@@ -72,9 +71,9 @@ def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
         mended["steps"] = 0
     if mended.get("trajectory"):
         own = {"steps": 0, "end_at_step": -1, "step_increment": 1, "noise": "shared", "normalize": False}
-        own["end_at_sigma"] = 0.0
+        own |= {"end_at_sigma": 0.0} if "end_at_sigma" in mended else {}
         mended |= own | ({"mode": "noise"} if mended["mode"] == "invert" else {})
-    mended |= {"panel": False} if mended["film"] != "noising" and "panel" in mended else {}
+    mended |= {"panel": False} if mended.get("film", "noising") != "noising" and "panel" in mended else {}
     if mended["mode"] == "invert":
         return {**mended, "noise": "shared", "normalize": False, "skip": 0}
     mended |= {name: False for name in ("panel", "report") if name in mended}

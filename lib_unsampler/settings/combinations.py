@@ -23,7 +23,7 @@ class Rule:
 
 
 def _guides(s: Settings) -> bool:
-    return "guide" in s.output or s.guide
+    return "guide" in s.output
 
 
 def _sampling_output(s: Settings) -> str:

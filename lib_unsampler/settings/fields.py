@@ -401,6 +401,7 @@ class Settings:
         minimum=0.0,
         maximum=1.0,
         outputs=("guide",),
+        surfaces=("host",),
     )
     guide_alpha: float = option(
         3.0,
@@ -409,6 +410,7 @@ class Settings:
         minimum=0.0,
         maximum=100.0,
         outputs=("guide",),
+        surfaces=("host",),
     )
     guide_from: float = option(
         0.0,
@@ -417,6 +419,7 @@ class Settings:
         minimum=0.0,
         maximum=1.0,
         outputs=("guide",),
+        surfaces=("host",),
     )
     guide_until: float = option(
         1.0,
@@ -425,6 +428,7 @@ class Settings:
         minimum=0.0,
         maximum=1.0,
         outputs=("guide",),
+        surfaces=("host",),
     )
     guide_weight: str = option(
         "skip residual",
@@ -441,6 +445,7 @@ class Settings:
         "Stop at the noisiest level at or below this sigma; 0 leaves it to end_at_step.",
         minimum=0.0,
         maximum=10000.0,
+        surfaces=("host",),
     )
     film: str = option(
         "noising",
@@ -448,6 +453,7 @@ class Settings:
         "What frames and animation show: the noising, img2img's own sampling, or both, there and back.",
         choices=("noising", "sampling", "both"),
         outputs=("init", "guide", "resample"),
+        surfaces=("host",),
     )
     film_view: str = option(
         "state",
@@ -455,12 +461,7 @@ class Settings:
         "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
         choices=("state", "estimate"),
         outputs=("init", "guide", "resample"),
-    )
-    guide: bool = option(
-        False,
-        "Guide the resampling",
-        "Draw the resampling towards the levels at each step.",
-        surfaces=("cli",),
+        surfaces=("host",),
     )
 
     @property
