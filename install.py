@@ -1,6 +1,6 @@
 """Batch Unsampler's two commands; with no argument (how the WebUI calls it) it does nothing.
 
-    python install.py demo [PICTURE]   make a noise-progression GIF in outputs/demo
+    python install.py demo [PICTURE]   a noise progression, the picture back from its noises, and an edit of it
     python install.py test [ARGS]      run the tests
 
 Both use a private environment, .venv beside this file, made on first use.
@@ -97,20 +97,50 @@ def environment(root, groups):
     return python
 
 
+SUMMARY = (
+    ("progression.gif", "the picture dissolving into noise, level by level"),
+    ("same.png", "the same picture again, bit for bit, sampled back from its own noises (mode replay)"),
+    ("sunset.png", "the same noises under another prompt, 'sunset': an edit that keeps every hair"),
+    ("contact_sheet.png", "every noise level on one page, with its sigma"),
+    ("sigma_curve.png", "the noise schedule"),
+    ("frames", "every level as a picture of its own"),
+    ("replay.safetensors", "the noises: go on from them with --resume"),
+)
+"""What the demo leaves in outputs/demo, and what each is."""
+
+
+def demo_commands(python, picture, out):
+    """The demo as the command lines it is made of."""
+    run = [str(python), "-m", "lib_unsampler"]
+    noises = str(out / "replay.safetensors")
+    return [
+        [
+            *(*run, str(picture), "--steps", "24", "-o", str(out / "progression.gif")),
+            *("--sheet", str(out / "contact_sheet.png"), "--curve", str(out / "sigma_curve.png")),
+            *("--frames", str(out / "frames")),
+        ],
+        [
+            *(*run, str(picture), "--mode", "replay", "--sampler", "euler_ancestral"),
+            *("--latents", noises, "--resample", str(out / "same.png")),
+        ],
+        [*run, "--resume", noises, "--resample", str(out / "sunset.png"), "--resample-positive", "sunset"],
+    ]
+
+
 def demo(root, picture):
-    """Unsamples a picture and samples it back; the results are in outputs/demo."""
+    """Unsamples a picture, gets it back from its noises, and edits it; the results are in outputs/demo."""
     import subprocess
 
     out = root / "outputs" / "demo"
-    command = [
-        *(str(environment(root, ["demo"])), "-m", "lib_unsampler", str(picture)),
-        *("--steps", "24", "--end-at-step", "8"),
-        *("-o", str(out / "progression.gif"), "--frames", str(out / "frames")),
-        *("--sheet", str(out / "contact_sheet.png"), "--curve", str(out / "sigma_curve.png")),
-        *("--resample", str(out / "resampled.png"), "--latents", str(out / "trajectory.safetensors")),
-    ]
-    print("Unsampling", picture, flush=True)
-    return subprocess.call(command, cwd=root)
+    for command in demo_commands(environment(root, ["demo"]), picture, out):
+        print("$ python", *command[1:], flush=True)
+        status = subprocess.call(command, cwd=root, stdout=subprocess.DEVNULL)
+        if status:
+            return status
+    print(f"\nMade of {picture}, in {out}:")
+    for name, text in SUMMARY:
+        print(f"  {name:20} {text}")
+    return 0
 
 
 def main(arguments):

@@ -24,7 +24,7 @@ from ..pictures.background import Background
 from ..pictures.progression import Frame, Scene, Visit, frames
 from ..pictures.reel import Reel, timing
 from ..settings import Settings
-from . import sampling
+from . import memory, sampling
 from .embedded import Denoiser, make_model
 from .folders import FRAME_NAME
 from .onward import (
@@ -46,6 +46,10 @@ from .walkback import WalkBack, round_trip, walk_back
 DEFAULT_STEPS = 20
 CHUNK_VALUES = 2**20
 """Values of latents that are turned into pictures at once."""
+
+
+RECORDED_COPIES = 5
+"""How many values a replay holds at its worst for each value of its levels: z, states and maps, and those stacked."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,10 @@ def unsample_picture(
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan, inverts = plan_levels(settings), settings.mode == "invert"
     check_animation(targets.animation, settings, plan.sigmas.tolist(), (source.shape[-1], source.shape[-2]))
+    records = settings.mode == "replay" and bool(targets.latents or targets.resample)
+    if records:
+        steps = len(recorded_levels(plan, settings).visited)
+        memory.check(RECORDED_COPIES * 4 * steps * source.numel(), f"the {steps} levels of a replay")
     model = source_model(settings, source, None)  # a model must not see a clean border at a high noise level
     walked_back = walk_back(model, source, plan, settings, PREDICTION[settings.model], quiet) if inverts else None
     walked = noised(source, plan, settings) if walked_back is None else walked_back.kept(plan)
@@ -188,7 +196,7 @@ def unsample_picture(
     with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
         last = _write(walked, scene, list(plan.kept), settings, targets, quiet, kept)
         recording = None
-        if settings.mode == "replay" and (targets.latents or targets.resample):
+        if records:
             recording = record(source, plan, settings, mask, quiet)
         if kept is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)

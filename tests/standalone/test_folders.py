@@ -17,7 +17,7 @@ from PIL import Image
 
 from lib_unsampler import files
 from lib_unsampler.core import trajectory
-from lib_unsampler.standalone import folders
+from lib_unsampler.standalone import folders, memory
 from lib_unsampler.standalone.cli import main
 from lib_unsampler.standalone.folders import Place
 
@@ -265,6 +265,35 @@ def test_something_is_said_before_torch_is_loaded(picture: Path, tmp_path: Path)
     process = started(picture, "-o", tmp_path / "x.gif", *SHORT)
     assert process.stderr.readline() == "unsampler: loading PyTorch\n"
     process.communicate(timeout=120)
+
+
+def test_a_replay_that_does_not_fit_is_refused_before_any_work(
+    picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda: 10**6)
+    arguments = ("--mode", "replay", "--sampler", "euler_ancestral", "--resample", tmp_path / "x.png", "--steps", 1000)
+    with pytest.raises(SystemExit) as caught:
+        run(picture, *arguments, "-o", tmp_path / "x.gif")
+    assert caught.value.code == 2 and names(tmp_path) == {"picture.png"}
+    assert capsys.readouterr().err == (
+        "unsampler: error: out of memory: take fewer steps, a larger --step-increment or a smaller --size "
+        "(the 1000 levels of a replay take 0.0 GB, and 0.0 GB are free)\n"
+    )
+
+
+def test_free_memory_is_the_least_of_the_machine_s_and_the_container_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.free() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 1000000\n")
+    assert memory.free() == 1_500_000
 
 
 def test_running_out_of_memory_is_one_line(
