@@ -198,7 +198,7 @@ def unsample_picture(
         recording = None
         if records:
             recording = record(source, plan, settings, mask, quiet)
-        if kept is not None:
+        if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
     if targets.resample and recording is not None:
         play_back(recording, 0, source, mask, settings, targets.resample, quiet)
