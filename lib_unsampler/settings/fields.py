@@ -69,8 +69,14 @@ def option(
     choices: tuple[str, ...] | None = None,
     surfaces: tuple[str, ...] = BOTH,
     cli: str = "",
+    word: str = "",
 ) -> Any:
-    """A dataclass field with its documentation and bounds as metadata; ``cli`` is what only the command line adds."""
+    """A dataclass field with its documentation and bounds as metadata.
+
+    Arguments:
+        cli: What only the command line adds to the help.
+        word: What a number's default is called, where that is no amount: both are accepted.
+    """
     return field(
         default=default,
         metadata={
@@ -81,6 +87,7 @@ def option(
             "choices": choices,
             "surfaces": surfaces,
             "cli": cli,
+            "word": word,
         },
     )
 
@@ -100,24 +107,26 @@ class Settings:
     )
     steps: int = option(
         0,
-        "Steps (0: as img2img)",
-        "Steps of the schedule that is walked backwards. 0 follows img2img. "
-        "With init it must be 0, because the levels are img2img's own.",
-        cli="On the command line 0 is 20.",
+        "Steps",
+        "Steps of the schedule that is walked backwards. automatic (0) follows img2img. "
+        "With init it must be that, because the levels are img2img's own.",
+        cli="On the command line automatic is 20.",
+        word="automatic",
         minimum=0,
         maximum=10000,
     )
     end_at_step: int = option(
         -1,
-        "End at step (0: pure noise; -1: automatic)",
+        "End at step",
         "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest. "
-        "-1 chooses: 0, or img2img's start level (from the denoising strength) with init.",
+        "automatic (-1) chooses: 0, or img2img's start level (from the denoising strength) with init.",
+        word="automatic",
         minimum=-1,
         maximum=10000,
     )
     step_increment: int = option(
         1,
-        "Step increment (keep every n-th level)",
+        "Step increment",
         "Keep every n-th level, counted down from the noisiest. Thins frames and files, never init.",
         minimum=1,
         maximum=10000,
@@ -131,7 +140,7 @@ class Settings:
     )
     normalize: bool = option(
         False,
-        "Normalize each image's noise",
+        "Normalize the noise",
         "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
     )
     include_clean: bool = option(
@@ -178,8 +187,9 @@ class Settings:
     ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.")
     loop: int = option(
         0,
-        "Plays (0: for ever)",
-        "How often the animation plays. MP4 leaves it to the player.",
+        "Plays",
+        "How often the animation plays; for ever is 0. MP4 leaves it to the player.",
+        word="for ever",
         minimum=0,
         maximum=65535,
     )
@@ -207,7 +217,7 @@ class Settings:
     )
     skip: int = option(
         0,
-        "Skip (replay: keep more of the picture)",
+        "Skip steps",
         "Replay: leave out this many of the noisiest steps; more of the picture stays. At least one step remains.",
         minimum=0,
         maximum=10000,
@@ -244,7 +254,7 @@ class Settings:
     )
     cfg: float = option(
         1.0,
-        "CFG scale for the source",
+        "CFG for the source",
         "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone.",
         cli="On the command line the resampling's scale too.",
         minimum=0.0,
@@ -252,19 +262,19 @@ class Settings:
     )
     positive: str = option(
         "",
-        "Prompt for the source (empty: img2img's own)",
+        "Prompt for the source",
         "Invert and replay: the prompt under which the model sees the source. Empty is img2img's own; a space is an "
         "empty prompt.",
         cli="On the command line the resampling's prompt too: a few words, each a picture's mean colours.",
     )
     negative: str = option(
         "",
-        "Negative prompt for the source (empty: img2img's own)",
-        "What the guidance moves away from; as the prompt.",
+        "Negative prompt for the source",
+        "What the guidance moves away from; as the prompt, empty is img2img's own.",
     )
     solver: str = option(
         "exact",
-        "Solver of the inversion",
+        "Solver",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
         "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
         "up the schedule, a call or two a step.",
@@ -272,7 +282,7 @@ class Settings:
     )
     tolerance: float = option(
         1e-6,
-        "Tolerance of the exact solver",
+        "Tolerance",
         "Exact: how far the sampler's step may miss the level below, as a share of the noisy latent's deviation. "
         "A half-precision model stops earlier, where it no longer gets nearer.",
         minimum=1e-12,
@@ -280,14 +290,14 @@ class Settings:
     )
     max_calls: int = option(
         40,
-        "Most model calls for a level",
+        "Most calls a level",
         "Exact: the most model calls for one image at one level; what did not converge by then is named.",
         minimum=1,
         maximum=1000,
     )
     panel: bool = option(
         False,
-        "Show the model's estimate beside z",
+        "Estimate beside z",
         "Invert: each frame shows the source, z, and the picture that the model sees in z.",
     )
     report: bool = option(
@@ -299,7 +309,7 @@ class Settings:
     )
     trajectory: str = option(
         "",
-        "Levels from a latents file",
+        "Latents file",
         "Use the levels of a saved latents file, named by its path below the img2img output folder, in place of new "
         "ones: its frames are shown, init starts from its noisiest level, and with replay its noises are replayed. "
         "Model type, size, batch and schedule must be the file's.",
@@ -307,21 +317,22 @@ class Settings:
     )
     resample_cfg: float = option(
         -1.0,
-        "CFG scale of the resampling (-1: as cfg)",
-        "Guidance scale of the resampling; -1 is that of cfg.",
+        "CFG of the resampling",
+        "Guidance scale of the resampling; as cfg (-1) is that of cfg.",
+        word="as cfg",
         minimum=-1.0,
         maximum=100.0,
         surfaces=("cli",),
     )
     resample_positive: str = option(
         "",
-        "Prompt of the resampling (empty: as positive)",
+        "Prompt of the resampling",
         "Prompt of the resampling; empty is that of positive, a space is an empty prompt.",
         surfaces=("cli",),
     )
     resample_negative: str = option(
         "",
-        "Negative prompt of the resampling (empty: as negative)",
+        "Negative prompt of the resampling",
         "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
     )
@@ -393,4 +404,6 @@ def allowed(f: Any) -> str:
     if kind is str:
         return "text"
     number = "a whole number" if kind is int else "a number"
+    if f.metadata["word"]:
+        number = f"{f.metadata['word']} ({f.default:g}), or {number}"
     return f"{number} from {low:g} to {high:g}" if high < 1e15 else f"{number} from {low:g} to 2^63 - 1"
