@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,23 @@ def of_walk(
         handoff=None if mask is None else last.cpu(),
         **about,
     )
+
+
+def cut(trajectory: Trajectory, start: int) -> Trajectory:
+    """The same walk, ended at a less noisy level.
+
+    Raises:
+        TrajectoryError: if that level is not in it, or its unmasked state was not kept.
+    """
+    found = (trajectory.sigmas == trajectory.schedule[start]).nonzero() if 0 <= start < len(trajectory.schedule) else ()
+    if len(found) == 0 or start < trajectory.start:
+        raise TrajectoryError(f"step {start} is not one of the levels that were kept")
+    if trajectory.handoff is not None and start != trajectory.start:
+        raise TrajectoryError("with a mask, only the noisiest level is kept unmasked")
+    count = int(found[-1]) + 1
+    fits = trajectory.replay is not None and len(trajectory.replay.states) <= len(trajectory.schedule) - 1 - start
+    replay = trajectory.replay if fits else None
+    return replace(trajectory, z=trajectory.z[:count], sigmas=trajectory.sigmas[:count], start=start, replay=replay)
 
 
 def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:

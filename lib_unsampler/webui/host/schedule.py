@@ -82,3 +82,15 @@ def timestep(p: Any, sigma: Tensor) -> float | None:
     if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
         return None
     return float(wrap.sigma_to_t(sigma.reshape(1).to(devices.device)))
+
+
+def timesteps(p: Any, schedule: Tensor) -> list[float] | None:
+    """The model's timesteps of a whole schedule; None where it counts none, and for the clean end."""
+    wrap = getattr(p.sampler, "model_wrap", None)
+    if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
+        return None
+    noisy = schedule[schedule > 0].to(devices.device)
+    try:
+        return [float(t) for t in wrap.sigma_to_t(noisy)]
+    except (RuntimeError, TypeError, ValueError):  # a scheduler of another kind: the curve goes without
+        return None
