@@ -49,8 +49,8 @@
         input.dispatchEvent(new Event("change", { bubbles: true }));
     }
 
-    function short(number) {
-        return Number(Number(number).toPrecision(4)).toString();
+    function short(number, digits = 4) {
+        return Number(Number(number).toPrecision(digits)).toString();
     }
 
     // ---- One field of the form ----------------------------------------------------------------------
@@ -308,7 +308,7 @@
             if (!this.told || !width) return;
             const height = this.box.clientHeight || 96;
             const { sigmas, kept, start, flow } = this.told;
-            const [left, right, top, bottom] = [36, width - 10, 12, height - 16];
+            const [left, right, top, bottom] = [44, width - 10, 12, height - 16];
             const noisy = sigmas.filter((sigma) => sigma > 0);
             const scale = flow ? (sigma) => sigma : (sigma) => Math.log(Math.max(sigma, noisy[noisy.length - 1]));
             const [low, high] = [flow ? 0 : scale(noisy[noisy.length - 1]), scale(noisy[0])];
@@ -317,8 +317,8 @@
             this.x = x;
             const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, "aria-hidden": "true" });
             svg.append(draw("path", { class: "axis", d: `M${left} ${top}V${bottom}H${right}` }));
-            svg.append(draw("text", { x: left - 4, y: top + 6, "text-anchor": "end" }, short(noisy[0])));
-            svg.append(draw("text", { x: left - 4, y: bottom + 2, "text-anchor": "end" }, short(flow ? 0 : noisy[noisy.length - 1])));
+            svg.append(draw("text", { x: left - 4, y: top + 6, "text-anchor": "end" }, short(noisy[0], 3)));
+            svg.append(draw("text", { x: left - 4, y: bottom + 2, "text-anchor": "end" }, short(flow ? 0 : noisy[noisy.length - 1], 3)));
             svg.append(draw("text", { x: left, y: height - 2 }, "step 0"));
             svg.append(draw("text", { x: right, y: height - 2, "text-anchor": "end" }, String(sigmas.length - 1)));
             if (start !== null && start < sigmas.length) {
@@ -741,6 +741,7 @@
             this.curve = new Curve();
             this.fixed = false;
             this.refused = new Set();
+            this.more = false;
             this.build();
             this.root.classList.add(`${CSS}-live`);
             this.player = new Player(this);
@@ -762,6 +763,33 @@
             const reset = button("Reset", "Every field as it was at first", () => this.reset(), { id: `${PREFIX}_reset` });
             const head = make("div", { class: `${CSS}-head` }, this.preset, reset, this.curve.said);
             this.stage.replaceChildren(head, this.curve.box, this.cost, this.warning, this.general);
+            this.fold();
+        }
+
+        /** What not every run needs is behind a button. */
+        fold() {
+            const more = document.getElementById(`${PREFIX}_more`);
+            if (!more) return;
+            const toggle = button("\u25b8 More: frames, animation, latents file", "", () => {
+                const open = toggle.getAttribute("aria-expanded") !== "true";
+                toggle.setAttribute("aria-expanded", String(open));
+                toggle.firstChild.data = `${open ? "\u25be" : "\u25b8"} More: frames, animation, latents file`;
+                this.more = open;
+                this.showFolded();
+            });
+            toggle.setAttribute("aria-expanded", "false");
+            toggle.setAttribute("aria-controls", more.id);
+            toggle.classList.add(`${CSS}-fold`);
+            more.before(toggle);
+            this.showFolded();
+        }
+
+        /** A refused field is seen also where its panel is closed. */
+        showFolded() {
+            const more = document.getElementById(`${PREFIX}_more`);
+            if (!more) return;
+            const needed = [...this.refused].some((name) => this.fields.has(name) && more.contains(this.fields.get(name).box));
+            more.classList.toggle(`${CSS}-folded`, !this.more && !needed);
         }
 
         listen() {
@@ -921,6 +949,7 @@
             this.general.textContent = rest.join("; ");
             this.general.hidden = !rest.length;
             this.refused = new Set(errors.map(({ field }) => field));
+            this.showFolded();
             const values = this.values();
             for (const [name, field] of this.fields) {
                 field.refuse(of(name));

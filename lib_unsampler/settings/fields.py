@@ -126,7 +126,7 @@ class Settings:
     )
     step_increment: int = option(
         1,
-        "Step increment",
+        "Increment",
         "Keep every n-th level, counted down from the noisiest. Thins frames and files, never init.",
         minimum=1,
         maximum=10000,

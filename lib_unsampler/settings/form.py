@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "duration": 0.04,
     },
     "Exact inversion": {"output": ("animation", "latents", "init"), "mode": "invert", "panel": True, "report": True},
-    "Edit by replay": {"output": ("init", "latents"), "mode": "replay", "skip": 4},
+    "Edit by replay": {"output": ("latents", "init"), "mode": "replay", "skip": 4},
 }
 """Named starts: every other field is its default."""
 

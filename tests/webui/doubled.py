@@ -22,13 +22,15 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleName
     """The double's modules, the Script loaded as the host loads it, and ``run`` for one request."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/webui/host_double"))
     script_module = load_script()
-    from modules import processing, scripts, sd_samplers, shared
+    from modules import processing, scripts, sd_models, sd_samplers, shared
 
     script = script_module.BatchUnsampler()
     runner = scripts.ScriptRunner(script)
     shared.opts.temp_dir = str(tmp_path / "temporary")
     shared.opts.outdir_img2img_samples = str(tmp_path / "out")
     model = processing.Model()
+    model.sd_checkpoint_info = sd_models.checkpoint("doubled")
+    sd_models.model_data.sd_model = model
     photo = Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB")
 
     def make(args: tuple[Any, ...] = (), selected: int = 0, **fields: Any) -> Any:
@@ -68,6 +70,7 @@ def forget_host() -> None:
         "naming",
         "reply",
         "host",
+        "preview",
         "ui",
     ):
         vars(webui).pop(name, None)

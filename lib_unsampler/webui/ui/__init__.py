@@ -43,7 +43,7 @@ def build(
         gr.HTML(stage(defaults, answer is not None), elem_id=f"{ELEM_ID}_stage")
         made |= _rows(form.OPEN, by_name, defaults)
         made |= _rows(form.MODEL, by_name, defaults)
-        with gr.Accordion("More: frames, animation, latents file", open=False, elem_id=f"{ELEM_ID}_more"):
+        with gr.Column(elem_id=f"{ELEM_ID}_more", elem_classes=["batch-unsampler-more"]):  # the script folds it
             for _, rows in form.FOLDED:
                 made |= _rows(rows, by_name, defaults)
             with gr.Row(elem_classes=["batch-unsampler-row"]):

@@ -15,7 +15,7 @@ import gradio as gr
 
 from .controls import ELEM_ID
 
-Answerer = Callable[[str], tuple[str, "str | None", "Path | None"]]
+Answerer = Callable[[str], tuple[str, str | None, Path | None]]
 """Question to (HTML, latents file to choose, latents file to download)."""
 
 CHANGED = "() => { document.dispatchEvent(new CustomEvent('batch-unsampler-changed')); return []; }"
@@ -36,14 +36,15 @@ def channel(answer: Answerer, chooser: Any) -> None:
 
     for component in (question, told, file):
         component.do_not_save_to_config = True
-    quiet = {"show_progress": "hidden", "queue": False, **_private(question.input)}
-    question.input(ask, inputs=[question], outputs=[told, chooser, file], **quiet)
+    quiet = {"show_progress": "hidden", "queue": False, **_unpublished(question.change)}
+    question.change(ask, inputs=[question], outputs=[told, chooser, file], **quiet)
 
 
-def _private(listener: Callable[..., Any]) -> dict[str, Any]:
-    """Keeps an event out of gradio's published API, as this gradio says it."""
+def _unpublished(listener: Callable[..., Any]) -> dict[str, Any]:
+    """Keeps an event out of gradio's published API, and lets none wait for another, as this gradio says it."""
     known = inspect.signature(listener).parameters
-    return {"api_visibility": "private"} if "api_visibility" in known else {"api_name": False}
+    private = {"api_visibility": "private"} if "api_visibility" in known else {"api_name": False}
+    return {**private, **({"trigger_mode": "multiple"} if "trigger_mode" in known else {})}
 
 
 def tells_script(component: Any) -> None:
