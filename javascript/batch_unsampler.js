@@ -471,8 +471,8 @@
                 },
             });
             const speeds = [0.25, 0.5, 1, 2, 4].map((s) => make("option", { value: s, selected: s === 1 }, `${s}\u00d7`));
-            this.speed = make("select", { "aria-label": "Speed" }, ...speeds);
-            this.image = make("select", { "aria-label": "Image", hidden: true, onchange: () => this.choose(Number(this.image.value)) });
+            this.speed = make("select", { class: `${CSS}-choice`, "aria-label": "Speed" }, ...speeds);
+            this.image = make("select", { class: `${CSS}-choice`, "aria-label": "Image", hidden: true, onchange: () => this.choose(Number(this.image.value)) });
             this.told = make("span", { class: `${CSS}-told`, id: `${PREFIX}_frame` });
             this.compare = button("Compare", "Wipe between the source and this frame", () => this.wipe(), { "aria-pressed": "false" });
             this.edge = make("input", {
@@ -756,7 +756,7 @@
             const options = this.presets.map(({ name, help }) => make("option", { value: name, title: help }, name));
             this.preset = make(
                 "select",
-                { id: `${PREFIX}_preset`, "aria-label": "Preset", onchange: () => this.choosePreset() },
+                { id: `${PREFIX}_preset`, class: `${CSS}-choice`, "aria-label": "Preset", onchange: () => this.choosePreset() },
                 make("option", { value: "" }, "Presets\u2026"),
                 ...options,
             );
