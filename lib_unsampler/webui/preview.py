@@ -68,18 +68,14 @@ def told_of(asked: Mapping[str, Any]) -> dict[str, Any]:
     settings, errors = _settings(asked["values"])
     model = hypothetical.loaded_model()
     if model is None:
-        told["schedule"] = {"none": NO_MODEL}
-        told["check"] = {"errors": errors}
-        return told
+        return {"schedule": {"none": NO_MODEL}, "check": {"errors": errors}}
     with torch.no_grad():
+        request, sampler = hypothetical.request(asked["host"], model)
         try:
-            request, sampler = hypothetical.request(asked["host"], model)
             if "schedule" in wants:
                 told["schedule"] = _schedule(request, sampler, settings)
-        except Exception as error:
+        except Exception as error:  # a sampler of another extension may fail in its own way
             told["schedule"] = {"none": f"No curve: {error}"}
-            told["check"] = {"errors": errors}
-            return told
         if "check" in wants:
             told["check"] = _check(request, sampler, settings, errors)
     return told
@@ -99,9 +95,11 @@ def _settings(values: Mapping[str, Any]) -> tuple[Settings, list[dict[str, str]]
 
 
 def _by_field(text: str) -> dict[str, str]:
-    """A refusal with the field it begins with, if it begins with one."""
+    """A refusal with the field it begins with, if it begins with one; the mode stands for what it needs."""
     name, _, rest = text.partition(": ")
     known = {f.name for f in surface_fields("host")}
+    if name in ("sampler", "refiner", "eta", "s_noise"):
+        return {"field": "mode", "text": text}
     return {"field": name if name in known else "", "text": rest if name in known else text}
 
 
@@ -139,28 +137,32 @@ def _plan(p: Any, sampler: Any, settings: Settings, total: int) -> tuple[Levels,
 
 
 def _check(p: Any, sampler: Any, settings: Settings, errors: list[dict[str, str]]) -> dict[str, Any]:
-    if not errors:
-        try:
-            refusals.check(p, settings, sampler, preferences().megapixels)
-        except ValueError as error:
-            errors = [_by_field(str(error))]
+    """What is refused, and what the request costs if nothing stands in the way of knowing it."""
+    told: dict[str, Any] = {"errors": errors, "model": hypothetical.model_name(p.sd_model)}
+    try:
+        refusals.check(p, settings, sampler, preferences().megapixels)
+    except ValueError as error:
+        told["errors"] = [*errors, _by_field(str(error))]
     total, end = refusals.asked_steps(p, settings)
-    plan, kept = _plan(p, sampler, settings, total)
+    try:
+        plan, kept = _plan(p, sampler, settings, total)
+    except ValueError:
+        return told
     if kept is None:
         plan = levels(plan.schedule, end, settings.step_increment)
-    images = p.batch_size * p.n_iter
     sampled = len(plan.schedule) - 1 - plan.kept[-1] if settings.samples else 0
     cost = estimate(
-        *(settings, plan.sigmas.tolist(), len(plan.visited), sampled, p.width, p.height, images),
+        *(settings, plan.sigmas.tolist(), len(plan.visited), sampled, p.width, p.height, p.batch_size * p.n_iter),
         hypothetical.calls_a_step(sampler),
         "2m" in str(getattr(sampler, "funcname", "")),
     )
-    told = {"said": cost.said(settings.format), "warning": cost.warning()}
-    return {"errors": errors, "model": hypothetical.model_name(p.sd_model), **told}
+    return {**told, "said": cost.said(settings.format), "warning": cost.warning()}
 
 
 def _ended(folder: Path, name: str, step: int | None) -> str:
     """The name of the latents file that ends at a step of this one; this one itself, if it ends there."""
+    if not name:
+        return name
     file = shelf.read(folder, name)
     if step is None or step == file.start:
         return name

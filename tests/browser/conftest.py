@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/webui"))
 
-from doubled import host  # noqa: E402, F401  (a fixture)
+from doubled import doubled_host  # noqa: E402
 
 FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -40,20 +40,16 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def served(host: SimpleNamespace, tmp_path: Path) -> Iterator[SimpleNamespace]:  # noqa: F811
+@pytest.fixture(scope="module")
+def served(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     """The page's address, and the requests that Generate made."""
-    app, made = page_app(host, tmp_path)
-    _, url, _ = app.launch(
-        prevent_thread_lock=True,
-        server_name="127.0.0.1",
-        quiet=True,
-        allowed_paths=[str(tmp_path)],
-        head=head(),
-        **({"footer_links": []}),
-    )
-    yield SimpleNamespace(url=url, made=made, host=host)
-    app.close()
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patched, doubled_host(folder, patched) as host:
+        app, made = page_app(host, folder)
+        settings = {"prevent_thread_lock": True, "server_name": "127.0.0.1", "quiet": True, "head": head()}
+        _, url, _ = app.launch(allowed_paths=[str(folder)], **settings)
+        yield SimpleNamespace(url=url, made=made, host=host)
+        app.close()
 
 
 def head() -> str:
@@ -62,7 +58,7 @@ def head() -> str:
     return f"<style>{style}</style><script>{script}</script>"
 
 
-def page_app(host: SimpleNamespace, tmp_path: Path) -> tuple[Any, list[Any]]:  # noqa: F811
+def page_app(host: SimpleNamespace, folder: Path) -> tuple[Any, list[Any]]:
     """A gradio app with img2img's controls by the host's ids, and what it has generated."""
     import gradio as gr
 
@@ -89,7 +85,7 @@ def page_app(host: SimpleNamespace, tmp_path: Path) -> tuple[Any, list[Any]]:  #
             made.append((p, processed))
             files = []
             for number, image in enumerate(processed.images):
-                file = getattr(image, "already_saved_as", None) or str(tmp_path / f"shown-{len(made)}-{number}.png")
+                file = getattr(image, "already_saved_as", None) or str(folder / f"shown-{len(made)}-{number}.png")
                 if not Path(file).exists():
                     image.save(file)
                 files.append(file)
