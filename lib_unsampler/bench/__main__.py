@@ -20,7 +20,8 @@ def main(args: list[str]) -> None:
     if args[0] not in names:
         fail(f"bench {args[0]!r} is not one of: {', '.join(names)}")
     bench = import_module(f"{__package__}.{args[0]}")
-    parser = Parser(prog=f"python -m lib_unsampler.bench {args[0]}", description=bench.__doc__.partition("\n")[0])
+    about = (bench.__doc__ or "").partition("\n")[0]
+    parser = Parser(prog=f"python -m lib_unsampler.bench {args[0]}", description=about)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     bench.add_options(parser)
     options = parser.parse_args(args[1:])

@@ -88,7 +88,7 @@ def read(path: Path) -> list[Image.Image]:
             return [frame.to_image() for frame in container.decode(video=0)]
     found = []
     with Image.open(path) as picture:
-        for number in range(picture.n_frames):
+        for number in range(getattr(picture, "n_frames", 1)):
             picture.seek(number)
             found.append(picture.convert("RGB"))
     return found

@@ -151,7 +151,7 @@ def growth(method: str, shape: str, frames: int) -> int:
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """One record per method; time None where the device lacks memory for the hungriest method."""
-    records = []
+    records: list[dict[str, Any]] = []
     for method, function in METHODS.items():
         record = {"shape": case.shape, "frames": case.frames, "method": method, "path": code_path(case, method)}
         records.append({**record, "ms": seconds(function, case) * 1e3, "peak": peak(method, case)})

@@ -89,7 +89,8 @@ METHODS: dict[str, Callable[[Denoiser, Tensor, Tensor], Tensor]] = {
 
 def measure(name: str, model_name: str, scale: float, source: Tensor, sigmas: Tensor) -> dict[str, Any]:
     """One method on one model at one guidance scale."""
-    inner = guided(*(make_model(model_name, p, *source.shape[-2:]) for p in ("sunset", "night")), scale)
+    positive, negative = (make_model(model_name, p, *source.shape[-2:]) for p in ("sunset", "night"))
+    inner = guided(positive, negative, scale)
     calls = 0
 
     def model(z: Tensor, sigma: Tensor) -> Tensor:

@@ -43,11 +43,12 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
         picture = Path(folder) / "picture.png"
         Image.open(PHOTOGRAPH).convert("RGB").resize((side, side)).save(picture)
         settings = Settings(steps=frames - 1, noise="independent")
-        targets = running.Targets(Path(folder) / f"film{ending}", latents=Path(folder) / "film.safetensors")
+        film = Path(folder) / f"film{ending}"
+        targets = running.Targets(film, latents=Path(folder) / "film.safetensors")
         begun = time.perf_counter()
         running.unsample_picture(reading.load_picture(picture, side), settings, targets, quiet=True)
         taken = time.perf_counter() - begun
-        size = targets.animation.stat().st_size
+        size = film.stat().st_size
     return {"ending": ending, "side": side, "frames": frames, "seconds": taken, "bytes": size, "memory": peak_memory()}
 
 
@@ -86,7 +87,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Measures every format and size."""
-    records, rows = [], []
+    records: list[dict[str, Any]] = []
+    rows = []
     for ending in options.formats:
         for side, counts in SIZES.items():
             ratio = _apart("overlap", ending, str(side))
@@ -120,4 +122,5 @@ def _apart(function: str, *arguments: str) -> Any:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, ending, *numbers = sys.argv[1:]
-    print(json.dumps({"overlap": overlap, "at_scale": at_scale}[name](ending, *map(int, numbers))))
+    jobs: dict[str, Callable[..., Any]] = {"overlap": overlap, "at_scale": at_scale}
+    print(json.dumps(jobs[name](ending, *map(int, numbers))))

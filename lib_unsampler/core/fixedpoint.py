@@ -129,7 +129,7 @@ class Solver:
         inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
         moves, changes = moves * inverse, changes * inverse
         flat = force.flatten(1)[:, :, None]
-        weights = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
+        weights: Tensor = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
         newest = (self._count[images] - 1) % self._memory
         speed = (moves * changes).sum(1)[torch.arange(len(images)), newest]
         speed = torch.where(speed > 0, speed.clamp(0.1, 2.0), 1.0)[:, None, None]

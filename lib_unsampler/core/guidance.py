@@ -105,7 +105,7 @@ class Guided:
 
     def __init__(
         self,
-        model: Any,
+        model: Callable[..., Tensor],
         calls: Sequence[int | None],
         weights: Mapping[int, Weight],
         level: Callable[[int], Tensor],
@@ -137,6 +137,13 @@ class Guided:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a sampler sets on its model (CFG++ does) is set on the model, not on this stand-in."""
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
 
     def callback(self, inner: Callable[[Mapping[str, Any]], None] | None) -> Callable[[Mapping[str, Any]], None]:
         """The sampler's callback, which first makes sure that the sampler goes on from what was mixed.

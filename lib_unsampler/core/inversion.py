@@ -73,7 +73,8 @@ class Model(Protocol):
     negative guidance minimum sigma. ``images`` with shape (b) are the batch's images that x holds; None is all.
     """
 
-    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D(x; sigma) of these images."""
 
 
 class InversionError(ValueError):
@@ -285,7 +286,8 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y, past = self._source.cpu().double(), []
+        y = self._source.cpu().double()
+        past: list[tuple[Tensor, Tensor]] = []
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
@@ -319,9 +321,9 @@ class _Run:
         return evaluate
 
     def _predicted(self, y: Tensor, sigmas: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+        r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
 
-        With D given the sampler's step is affine in x, :math:`\\mathrm{step}(x) = \\alpha x + \\gamma`.
+        With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
         """
         if not past:
             return y

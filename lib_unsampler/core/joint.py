@@ -80,12 +80,14 @@ class Joint:
     def __init__(
         self, function: Callable[..., Tensor], denoise: Denoise, source: Tensor, rising: Tensor, scales: Sequence[float]
     ) -> None:
-        """Arguments:
-        function: The sampler's.
-        denoise: The model.
-        source: The clean latents in float64 on the CPU, with shape (B, ...).
-        rising: The source's own sigma, mostly 0, and the levels' sigmas, rising, with shape (levels + 1).
-        scales: What residuals are measured by at each level.
+        """Asks the sampler's function for the factors of its steps.
+
+        Arguments:
+            function: The sampler's.
+            denoise: The model.
+            source: The clean latents in float64 on the CPU, with shape (B, ...).
+            rising: The source's own sigma, mostly 0, and the levels' sigmas, rising, with shape (levels + 1).
+            scales: What residuals are measured by at each level.
         """
         size, count = len(source), len(rising) - 1
         self._denoise, self._source, self._sigmas, self._scales = denoise, source, rising[1:], scales

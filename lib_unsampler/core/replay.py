@@ -111,8 +111,9 @@ def plain_options(function: Sampler, options: Mapping[str, Any]) -> dict[str, fl
 
 
 def check_function(function: Sampler, sigmas: Tensor | None = None, **options: Any) -> None:
-    """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0, or on a
-    schedule (if it is given) of one step under a sampler that cannot sample that.
+    """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0.
+
+    Where a schedule is given, also for one of a single step under a sampler that cannot sample that.
     """
     accepted = inspect.signature(function).parameters
     if "sigmas" not in accepted or "noise_sampler" not in accepted:
@@ -167,6 +168,7 @@ class Recorder:
         self.states.append(info["x"].clone())
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> OpenNoise:
+        """The noise of the step to ``sigma_next``, which is chosen when the sampler adds it."""
         z = self._target(torch.as_tensor(sigma_next))
         return OpenNoise(lambda mu, factors: self._settle(z, mu, factors))
 
@@ -266,8 +268,9 @@ def replay(
 
 
 def check_replay(function: Sampler, sigmas: Tensor, recording: Recording, skip: int = 0, **options: Any) -> None:
-    """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones, and for a
-    skip under a sampler that looks back over its steps.
+    """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones.
+
+    And for a skip under a sampler that looks back over its steps.
     """
     if name_of(function) != recording.sampler:
         raise ReplayError(f"sampler: {name_of(function)!r} is not {recording.sampler!r}, which was recorded")

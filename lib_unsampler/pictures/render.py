@@ -149,9 +149,9 @@ def captioned(frame: Image.Image, pieces: Sequence[str]) -> Image.Image:
 def _letters(text: str, size: int) -> Image.Image:
     """A line of text as a mask, ``size`` pixels high, in the built-in font."""
     letters = font(size)
-    left, top, right, bottom = letters.getbbox(text)
+    left, _, right, _ = letters.getbbox(text)
     _, low, _, deep = letters.getbbox("Ag0")
-    mask = Image.new("L", (max(1, right - left), max(1, deep - low)))
+    mask = Image.new("L", (max(1, int(right - left)), max(1, int(deep - low))))
     ImageDraw.Draw(mask).text((-left, -low), text, fill=255, font=letters)
     if hasattr(letters, "path"):
         return mask

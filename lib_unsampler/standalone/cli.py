@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that answers an error with one line and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        """Without argparse's usage."""
         fail(message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
         return model(z, sigmas[:1].expand(len(z)))
     own = function(sampler)
     accepted = inspect.signature(own).parameters
-    options = {}
+    options: dict[str, Any] = {}
     if sampler in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"):
         options["noise_sampler"] = _brownian(z, sigmas[sigmas > 0], seeds)
     elif "noise_sampler" in accepted:

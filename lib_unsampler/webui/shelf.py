@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core import trajectory
 from ..core.trajectory import Trajectory, TrajectoryError
+from ..files import whole
 
 ENDING = ".safetensors"
 UPLOADS = "unsampler-uploads"
@@ -68,6 +69,6 @@ def take(folder: Path, upload: Path) -> str:
     data = upload.read_bytes()
     kept = folder / UPLOADS / f"{hashlib.sha256(data).hexdigest()[:16]}{ENDING}"
     if not kept.exists():
-        with trajectory.whole(kept) as part:
+        with whole(kept) as part:
             part.write_bytes(data)
     return name_of(folder, kept)

@@ -185,3 +185,20 @@ def test_places_of_a_map_are_exactly_theirs() -> None:
     weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     made = mixed(x, z, weight)
     assert torch.equal(made[..., 0, 1], z[..., 0, 1]) and torch.equal(made[..., 0, 0], x[..., 0, 0])
+
+
+def test_what_a_sampler_sets_on_its_model_reaches_the_model(scene: Any) -> None:
+    source, _, sigmas, model = scene
+
+    def sample_setting(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, disable: Any = None) -> Tensor:
+        model.wanted = True
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i].expand(len(x)))
+            callback({"x": x, "i": i})
+            x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
+        return x
+
+    calls = first_calls(sample_setting, model, source, sigmas)
+    assert not hasattr(model, "wanted")  # trying it out leaves the model alone
+    sample_guided(sample_setting, model, source, sigmas, {0: 0.5}, lambda _: source + 1, calls)
+    assert model.wanted is True

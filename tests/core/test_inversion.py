@@ -150,7 +150,7 @@ def test_dpmpp_2m_under_strong_guidance_tells_which_images_come_back() -> None:
 
 
 def test_a_batch_converges_as_single_images_do_and_a_finished_image_costs_no_call() -> None:
-    model, sigmas, x, y = anchor()
+    model, sigmas, _, y = anchor()
     asked: list[tuple[int, list[int]]] = []
 
     def counted(z: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
@@ -178,7 +178,7 @@ def test_every_call_mirrors_one_of_the_forward_run() -> None:
     for sampler in CALLS:
         forward: list[float] = []
 
-        def noted(z: Tensor, sigma: Tensor) -> Tensor:
+        def noted(z: Tensor, sigma: Tensor, forward: list[float] = forward) -> Tensor:
             forward.append(float(sigma[0]))
             return model(z, sigma)
 
@@ -186,7 +186,9 @@ def test_every_call_mirrors_one_of_the_forward_run() -> None:
         for solver in ("reverse", "exact") if sampler in EXACT else ("reverse",):
             seen: list[tuple[float, int]] = []
 
-            def numbered(z: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+            def numbered(
+                z: Tensor, sigma: Tensor, call: int, images: Tensor | None = None, seen: list[tuple[float, int]] = seen
+            ) -> Tensor:
                 seen.append((float(sigma[0]), call))
                 return model(z, sigma)
 
@@ -210,7 +212,7 @@ def test_a_source_without_a_preimage_keeps_a_plausible_latent_and_says_so() -> N
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_no_level_takes_more_calls_than_the_cap(most: int, sampler: str) -> None:
-    model, sigmas, x, y = anchor()
+    model, sigmas, _, y = anchor()
     plan = levels(sigmas)
     walked = inverted(plain(model), y, plan, "exact", sampler, tolerance=1e-12, max_calls=most)
     assert calls_of(walked).max() == most
@@ -266,7 +268,7 @@ def test_reverse_begins_with_an_euler_step_at_the_first_noisy_level() -> None:
 
 
 def test_an_interrupt_passes_and_what_was_handed_over_stays() -> None:
-    model, sigmas, x, y = anchor()
+    model, sigmas, _, y = anchor()
     walked: list[Level] = []
 
     class Stop(BaseException):

@@ -156,7 +156,7 @@ def test_chunks_are_pulled_only_as_they_are_needed() -> None:
 
     def source() -> Iterator[int]:
         nonlocal pulled
-        for pulled in range(1, 100):
+        for pulled in range(1, 100):  # noqa: UP028 (the test reads pulled)
             yield pulled
 
     stream = in_chunks(source(), limited(8, []), 4)

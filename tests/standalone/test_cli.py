@@ -606,7 +606,7 @@ def test_resuming_an_odd_trajectory_is_one_line(case: str, picture: Path, tmp_pa
     run(picture, "--latents", path, *SHORT)
     capsys.readouterr()
     with safe_open(path, framework="pt") as file:
-        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
     damage(tensors, metadata)
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
     assert said in refused(capsys, "--resume", path, "-o", tmp_path / "x.gif", "--resample", tmp_path / "x.png")

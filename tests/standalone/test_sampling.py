@@ -170,6 +170,7 @@ def test_vp_is_refused_on_flow() -> None:
 def test_stochastic_samplers_are_refused_on_flow_only(sampler: str) -> None:
     check_sampler(sampler, "eps")
     if sampler not in STOCHASTIC:
-        return check_sampler(sampler, "flow")
+        check_sampler(sampler, "flow")
+        return
     with pytest.raises(ValueError, match=f"^sampler: '{sampler}' adds noise"):
         check_sampler(sampler, "flow")

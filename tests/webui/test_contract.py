@@ -59,7 +59,7 @@ DOUBLE_OF = {
 
 OWN_FACTS = {
     "xi = x + noise * sigma_sched[0]": "sd_samplers_kdiffusion.py",
-    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)": "sd_samplers_kdiffusion.py",
+    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)": "sd_samplers_kdiffusion.py",  # noqa: E501
 }
 """The start state: each host says one of these."""
 

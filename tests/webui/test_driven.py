@@ -280,7 +280,7 @@ def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, c
 
 
 def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: list[Call]) -> None:
-    p, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
+    _, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
     told = processed.extra_generation_params["Unsampler inversion"]
     assert len(told) == 2 and [level["step"] for level in told[0]] == [7, 6, 5, 4, 3, 2, 1, 0]
     assert all(len(level["residual"]) == len(level["calls"]) == 2 and all(level["converged"]) for level in told[0])
@@ -288,7 +288,7 @@ def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: l
 
 
 def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:
-    p, processed = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
+    p, _ = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
     assert any("not converged" in text and "step" in text for text in p.comments)
 
 

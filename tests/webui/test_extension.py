@@ -22,7 +22,7 @@ from PIL import Image
 
 
 def test_frames_come_in_order_with_the_animation_first(host: SimpleNamespace) -> None:
-    p, processed = host.run({}, batch_size=2)
+    _, processed = host.run({}, batch_size=2)
     notes = processed.extra_generation_params["Unsampler images"]
     assert [n["kind"] for n in notes] == ["animation"] * 2 + ["frame"] * 18
     assert len(processed.images) == len(processed.infotexts) == len(notes)
@@ -131,7 +131,7 @@ def test_a_batch_is_its_single_runs(host: SimpleNamespace, noise: str) -> None:
 def test_draws_continue_the_seed_s_stream_with_ensd_and_multiplier(host: SimpleNamespace) -> None:
     host.shared.opts.eta_noise_seed_delta = 31337
     settings = {"output": ["latents"], "noise": "independent"}
-    p, processed = host.run(settings, initial_noise_multiplier=1.07)
+    _, processed = host.run(settings, initial_noise_multiplier=1.07)
     host.shared.opts.eta_noise_seed_delta = 0
     saved = latents_of(processed)[0]
     later = torch.Generator().manual_seed(5 + 31337)
@@ -324,7 +324,7 @@ def test_masked_frames_keep_the_source_outside(host: SimpleNamespace) -> None:
     mask[..., 4:] = 1
     overlay = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     settings = {"output": ["frames", "latents"]}
-    p, processed = host.run(settings, nmask=mask, mask=1 - mask, overlay_images=[overlay])
+    _, processed = host.run(settings, nmask=mask, mask=1 - mask, overlay_images=[overlay])
     saved = latents_of(processed)[0]
     assert torch.equal(saved.z[..., :4], saved.source[None, ..., :4].expand(8, -1, -1, -1, -1))
     assert not torch.equal(saved.latent[..., :4], saved.source[..., :4])
@@ -339,7 +339,7 @@ def test_only_masked_frames_are_put_back_into_the_whole_picture(host: SimpleName
     overlay = photo.convert("RGBA")
     overlay.paste((0, 0, 0, 0), hole)
     fields = dict(paste_to=(40, 32, 64, 64), overlay_images=[overlay] * 2, batch_size=2, n_iter=2)
-    p, processed = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
+    _, processed = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
     assert len(processed.images) == 9 * 4
     for picture in processed.images:
         assert picture.size == (160, 120)
@@ -357,7 +357,7 @@ def test_a_soft_mask_mixes_and_leaves_init_alone(host: SimpleNamespace) -> None:
     seen: list[torch.Tensor] = []
     restore = record_start(host, seen)
     settings = {"output": ["init", "latents"], "noise": "path"}
-    ours, processed = host.run(settings, nmask=mask, mask=1 - mask)
+    _, processed = host.run(settings, nmask=mask, mask=1 - mask)
     restore()
     saved = latents_of(processed)[0]
     assert torch.equal(saved.handoff, seen[0])
@@ -550,8 +550,7 @@ def test_a_time_axis_of_one_is_a_picture_and_longer_is_refused(
     monkeypatch.setattr(host.processing, "encode", lambda p: encode(p)[:, :, None].expand(-1, -1, times, -1, -1))
 
     def decoded(model: Any, batch: torch.Tensor, **more: Any) -> list[torch.Tensor]:
-        frames = [torch.stack(decode(model, z.movedim(1, 0), **more)) for z in batch]
-        return frames
+        return [torch.stack(decode(model, z.movedim(1, 0), **more)) for z in batch]
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", decoded)
     if times > 1:
@@ -624,7 +623,7 @@ def test_pasted_parameters_set_every_control(host: SimpleNamespace) -> None:
     with gr.Blocks():
         controls = host.script.ui(True)
     wanted = {"output": ["animation", "init"], "end_at_step": 3, "noise": "path", "normalize": True, "duration": 0.25}
-    p, processed = host.run({**wanted, "include_clean": False})
+    _, processed = host.run({**wanted, "include_clean": False})
     pairs = processed.infotexts[0].splitlines()[1].replace("animation, init", "animation; init").split(", ")
     params = {k: v.replace(";", ",") for k, v in (pair.split(": ", 1) for pair in pairs)}
     read = {control.elem_id: function(params) for control, function in host.script.infotext_fields}

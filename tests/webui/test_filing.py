@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,7 +185,7 @@ def test_a_host_that_changes_what_it_saves_changes_nothing_else(
 
 
 @pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many decoded pictures are alive, each time that more are made."""
     made: list[weakref.ref[Image.Image]] = []
     counts: list[int] = []
@@ -198,7 +198,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return pictures
 
     monkeypatch.setattr(render, "to_pictures", watched)
-    yield counts
+    return counts
 
 
 def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 
-class Decoded(list):
+class Decoded(list[Any]):
     """Pictures in [-1, 1] in place of latents: the host decodes nothing."""
 
     already_decoded = True

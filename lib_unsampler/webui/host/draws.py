@@ -51,6 +51,7 @@ class HostDraws:
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
+        """The j-th draw of every image."""
         if j == 0:
             return self._first
         with untouched_generators():

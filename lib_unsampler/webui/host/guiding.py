@@ -44,11 +44,13 @@ class GuidedModel:
     """
 
     def __init__(self, denoiser: Any, extra_args: dict[str, Any], stride: int, called: Callable[[int], None]) -> None:
-        """Arguments:
-        denoiser: The host's, as its sampler's function gets it.
-        extra_args: What the host gives with it at each call.
-        stride: How many calls the host counts where the inverted sampler makes one.
-        called: Told the number of calls after each.
+        """Wraps the host's denoiser.
+
+        Arguments:
+            denoiser: The host's, as its sampler's function gets it.
+            extra_args: What the host gives with it at each call.
+            stride: How many calls the host counts where the inverted sampler makes one.
+            called: Told the number of calls after each.
         """
         self._denoiser = denoiser
         self._extra_args = extra_args
@@ -57,6 +59,7 @@ class GuidedModel:
         self.calls = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D(x; sigma) of these images, with the conditions of this call."""
         args = self._extra_args if images is None else {k: _picked(v, images) for k, v in self._extra_args.items()}
         self._denoiser.step = call * self._stride  # the host looks prompt editing and guidance minimum up by it
         denoised = self._denoiser(x, sigma, **args)

@@ -16,10 +16,12 @@ class Progress:
     """The host's progress bar, live preview and buttons, while frames are made."""
 
     def __init__(self, total: int, own_job: bool, writes: bool = False) -> None:
-        """Arguments:
-        total: Parts of this job: frames, or levels.
-        own_job: Whether this is a job of its own, beside the sampling.
-        writes: Whether files are written at its end, which is one more part of it.
+        """Begins the bar.
+
+        Arguments:
+            total: Parts of this job: frames, or levels.
+            own_job: Whether this is a job of its own, beside the sampling.
+            writes: Whether files are written at its end, which is one more part of it.
         """
         self._state = shared.state
         if own_job:
@@ -45,6 +47,7 @@ class Progress:
         self._state.textinfo = "Unsampling: writing files"
 
     def done(self) -> None:
+        """Takes the text under the bar away."""
         self._state.textinfo = None
 
 

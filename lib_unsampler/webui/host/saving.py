@@ -67,7 +67,7 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
 
 def saved_item(file: Path, text: str) -> Image.Image:
     """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for."""
-    picture = Image.open(file)
+    picture: Any = Image.open(file)
     picture.info["parameters"] = text
     picture.already_saved_as = str(file)
     return picture
@@ -108,7 +108,7 @@ def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str)
         if not saved:
             file.unlink()
         return data
-    picture = poster.copy()
+    picture: Any = poster.copy()
     picture.info["parameters"] = text
     if saved and preferences().animation_folder:
         shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders

@@ -20,7 +20,7 @@ def prediction_type(model: Any) -> str:
     after it; in A1111 only SD3 noises its latents itself, and it is a flow model.
     """
     forge = getattr(model, "forge_objects", None)
-    inner = None if forge is None else forge.unet.model
+    inner: Any = None if forge is None else forge.unet.model
     if hasattr(inner, "predictor"):
         return {"const": "flow", "v_prediction": "v"}.get(inner.predictor.prediction_type, "eps")
     kinds = [kind.__name__ for kind in type(getattr(inner, "model_sampling", None)).__mro__]
@@ -78,7 +78,7 @@ def start_at(p: Any, total: int, start: int) -> Iterator[int]:
 
 def timestep(p: Any, sigma: Tensor) -> float | None:
     """The model's timestep of a noise level; None where it counts none."""
-    wrap = getattr(p.sampler, "model_wrap", None)
+    wrap: Any = getattr(p.sampler, "model_wrap", None)
     if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
         return None
     return float(wrap.sigma_to_t(sigma.reshape(1).to(devices.device)))
