@@ -150,8 +150,9 @@ def cut(trajectory: Trajectory, start: int) -> Trajectory:
     Raises:
         TrajectoryError: if that level is not in it, or its unmasked state was not kept.
     """
-    found = (trajectory.sigmas == trajectory.schedule[start]).nonzero() if 0 <= start < len(trajectory.schedule) else ()
-    if len(found) == 0 or start < trajectory.start:
+    inside = trajectory.start <= start < len(trajectory.schedule)
+    found = (trajectory.sigmas == trajectory.schedule[start if inside else trajectory.start]).nonzero()
+    if not inside or len(found) == 0:
         raise TrajectoryError(f"step {start} is not one of the levels that were kept")
     if trajectory.handoff is not None and start != trajectory.start:
         raise TrajectoryError("with a mask, only the noisiest level is kept unmasked")

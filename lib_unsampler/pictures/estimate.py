@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,8 +116,8 @@ def _bytes(settings: Settings, sigma: float) -> float:
     clean, noise = BYTES_A_PIXEL[settings.format]
     if settings.format == "mp4" and (settings.mode == "replay" or settings.noise != "shared"):
         clean, noise = FRESH_MP4
-    share = sigma / (1 + sigma * sigma) ** 0.5
-    return clean + share**CURVE * (noise - clean)
+    share = sigma / math.sqrt(1 + sigma * sigma)
+    return clean + math.pow(share, CURVE) * (noise - clean)
 
 
 def _driven(settings: Settings, visited: int, calls_a_step: int, multistep: bool) -> int:

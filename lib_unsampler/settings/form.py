@@ -1,4 +1,4 @@
-"""How the fields stand on a page: their rows, what each of them needs, sliders, presets. For every page, whoever serves it.
+"""How the fields stand on a page, whoever serves it: their rows, what each of them needs, sliders, presets.
 
 It goes to ``javascript/batch_unsampler.js`` as JSON (:func:`described`), which knows no field by itself.
 """
@@ -43,11 +43,8 @@ NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
     "max_calls": {"mode": ("invert",), "solver": ("exact",)},
     "panel": {"mode": ("invert",), "output": PICTURES},
     "report": {"mode": ("invert",)},
-    **dict.fromkeys(("include_clean", "view", "captions"), {"output": PICTURES}),
-    **dict.fromkeys(
-        ("format", "timing", "duration", "hold_first", "hold_last", "loop", "reverse", "ping_pong"),
-        {"output": ("animation",)},
-    ),
+    **{name: {"output": PICTURES} for name in ("include_clean", "view", "captions")},
+    **{name: {"output": ("animation",)} for _, rows in FOLDED[1:] for row in rows for name in row},
 }
 """A field changes something only where each of these others has one of these values."""
 
@@ -146,5 +143,3 @@ def rows() -> list[str]:
     placed = [name for row in (*OPEN, *MODEL) for name in row]
     placed += [name for _, group in FOLDED for row in group for name in row]
     return [*placed, "trajectory"]
-
-

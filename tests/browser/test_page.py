@@ -19,14 +19,14 @@ from lib_unsampler.settings import form, surface_fields
 FIELDS = {f.name: f for f in surface_fields("host")}
 
 
-@pytest.fixture
-def page(browser: Any, served: SimpleNamespace) -> Iterator[Any]:
-    """The page with the accordion open; whatever the console calls an error fails the test."""
+@pytest.fixture(scope="module")
+def opened(browser: Any, served: SimpleNamespace) -> Iterator[Any]:
+    """The page with the accordion open."""
     context = browser.new_context(viewport={"width": 1280, "height": 1000}, accept_downloads=True)
     page = context.new_page()
-    errors: list[str] = []
-    page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.errors = []
+    page.on("console", lambda said: page.errors.append(said.text) if said.type == "error" else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.goto(served.url)
     page.locator("#batch_unsampler").wait_for()
     page.locator("#batch_unsampler > button, #batch_unsampler .label-wrap").first.click()
@@ -34,7 +34,29 @@ def page(browser: Any, served: SimpleNamespace) -> Iterator[Any]:
     page.served = served
     yield page
     context.close()
-    assert [text for text in errors if not any(word in text for word in ("Failed to load resource", "manifest"))] == []
+
+
+@pytest.fixture
+def page(opened: Any) -> Iterator[Any]:
+    """The page as it was at first; whatever the console calls an error fails the test."""
+    opened.locator("#batch_unsampler_reset").click()
+    sampler = opened.locator("#img2img_sampling input")
+    if sampler.input_value() != "Euler":
+        choose_sampler(opened, "Euler")
+    for name, value in (("steps", 8), ("denoising_strength", 0.6), ("seed", 5)):
+        opened.locator(f"#img2img_{name} input[type=number]").fill(str(value))
+    fold = opened.locator(".batch-unsampler-fold")
+    if fold.get_attribute("aria-expanded") == "true":
+        fold.click()
+    opened.locator("#batch_unsampler_cost").filter(has_text="9 frames \u00b7 0.9 s \u00b7 about").wait_for()
+    yield opened
+    errors, opened.errors[:] = list(opened.errors), []
+    assert [text for text in errors if "Failed to load resource" not in text] == []  # gradio's fonts, from elsewhere
+
+
+def choose_sampler(page: Any, name: str) -> None:
+    page.locator("#img2img_sampling input").click()
+    page.get_by_role("option", name=name, exact=True).click()
 
 
 def box(page: Any, name: str) -> Any:
@@ -82,7 +104,7 @@ def generate(page: Any) -> tuple[Any, Any]:
             break
         page.wait_for_timeout(50)
     page.locator("#batch_unsampler_player").wait_for(timeout=10000)
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(700)
     return page.served.made[-1]
 
 
@@ -118,8 +140,7 @@ CASES: list[dict[str, Any]] = [
 def test_the_levels_drawn_are_those_that_are_made(page: Any, case: dict[str, Any]) -> None:
     for name, value in case.items():
         if name == "sampling":
-            page.locator("#img2img_sampling input").click()
-            page.get_by_role("option", name=value, exact=True).click()
+            choose_sampler(page, value)
         else:
             put(page, name, value)
     page.wait_for_timeout(1000)
@@ -187,8 +208,7 @@ def test_what_would_be_refused_is_said_beside_its_field(page: Any) -> None:
     assert box(page, "steps").locator("input[type=number]").get_attribute("aria-invalid") == "true"
     put(page, "steps", 0)
     error.wait_for(state="hidden")
-    page.locator("#img2img_sampling input").click()
-    page.get_by_role("option", name="DDIM", exact=True).click()
+    choose_sampler(page, "DDIM")
     page.locator("#batch_unsampler_output_error").filter(has_text="needs a sampler with a sigma schedule").wait_for()
 
 
@@ -205,7 +225,8 @@ def test_a_hidden_field_that_is_refused_is_shown(page: Any) -> None:
 def test_a_preset_sets_every_field_and_reset_takes_it_back(page: Any, name: str) -> None:
     page.locator("#batch_unsampler_preset").select_option(name)
     page.wait_for_timeout(500)
-    read = "names => Object.fromEntries(names.map(n => [n, document.querySelector(`#batch_unsampler_${n} input[type=number]`)?.value]))"
+    one = "document.querySelector(`#batch_unsampler_${name} input[type=number]`).value"
+    read = f"names => Object.fromEntries(names.map((name) => [name, {one}]))"
     numbers = [f.name for f in FIELDS.values() if type(f.default) in (int, float)]
     wanted = form.preset(name)
     assert {n: float(v) for n, v in page.evaluate(read, numbers).items()} == {n: wanted[n] for n in numbers}
@@ -266,7 +287,9 @@ def test_everything_can_be_downloaded(page: Any) -> None:
     with zipfile.ZipFile(frames.value.path()) as archive:
         assert archive.testzip() is None
         names = archive.namelist()
-        assert len(names) == 9 and names[0].startswith("frame-0000-source.") and names[-1].startswith("frame-0008-step-0.")
+        assert (
+            len(names) == 9 and names[0].startswith("frame-0000-source.") and names[-1].startswith("frame-0008-step-0.")
+        )
         shown = Image.open(io.BytesIO(archive.read(names[-1]))).convert("RGB")
         assert shown.tobytes() == processed.images[-1].convert("RGB").tobytes()
     with page.expect_download() as latents:
@@ -330,3 +353,60 @@ def test_it_leaves_nothing_in_the_global_scope(page: Any) -> None:
     empty.add_script_tag(content=script)
     assert set(empty.evaluate("Object.getOwnPropertyNames(window)")) == before
     empty.close()
+
+
+SERIOUS = ("serious", "critical")
+
+
+def test_no_serious_barrier_in_our_part(page: Any, node_tools: Path) -> None:
+    """Axe's rules over the form, everything open, and the player."""
+    page.locator(".batch-unsampler-fold").click()
+    put(page, "mode", "invert")
+    generate(page)
+    page.get_by_role("button", name="Help: Mode", exact=True).click()
+    page.evaluate((node_tools / "node_modules/axe-core/axe.min.js").read_text(encoding="utf-8"))
+    for theme in ("light", "dark"):
+        page.evaluate("dark => document.body.classList.toggle('dark', dark)", theme == "dark")
+        page.wait_for_timeout(300)
+        ours = "#batch_unsampler_stage, .batch-unsampler-field, .batch-unsampler-fold, #batch_unsampler_player"
+        run = "async (ours) => (await axe.run({include: ours.split(', ').map((part) => [part])})).violations"
+        found = page.evaluate(run, ours)
+        told = [(v["id"], v["help"], [n["html"][:120] for n in v["nodes"]]) for v in found if v["impact"] in SERIOUS]
+        assert told == [], theme
+    page.evaluate("document.body.classList.remove('dark')")
+    page.evaluate("delete window.axe")
+    page.get_by_role("button", name="Help: Mode", exact=True).click()
+
+
+OVERLAPS = """() => {
+    const parts = [...document.querySelectorAll(
+        "#batch_unsampler :is([data-testid=block-info], .batch-unsampler-ask, input, button, select, textarea)")];
+    const shown = parts.filter((p) => p.checkVisibility() && p.getBoundingClientRect().width > 0)
+        .map((p) => [p, p.getBoundingClientRect()]);
+    const right = document.getElementById("batch_unsampler").getBoundingClientRect().right;
+    const told = shown.filter(([, r]) => r.right > right + 1).map(([p]) => `cut: ${p.outerHTML.slice(0, 90)}`);
+    for (const [one, a] of shown) for (const [other, b] of shown) {
+        if (one === other || one.contains(other) || other.contains(one)) continue;
+        const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+        const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+        if (across > 2 && down > 4) told.push(`${one.outerHTML.slice(0, 90)} over ${other.outerHTML.slice(0, 90)}`);
+    }
+    return told;
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 700, 400])
+def test_no_line_overlaps_and_nothing_is_cut(page: Any, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 1000})
+    for mode in ("noise", "invert", "replay"):
+        put(page, "mode", mode)
+        page.wait_for_timeout(300)
+        assert page.evaluate(OVERLAPS) == [], mode
+    page.locator(".batch-unsampler-fold").click()
+    page.wait_for_timeout(300)
+    assert page.evaluate(OVERLAPS) == []
+    page.set_viewport_size({"width": 1280, "height": 1000})
+
+
+def test_the_accordion_is_not_tall(page: Any) -> None:
+    assert page.locator("#batch_unsampler").bounding_box()["height"] <= 420

@@ -1,4 +1,4 @@
-"""A request that is not made: what the loaded model and the host's settings would make of it. Nothing is loaded for it."""
+"""A request that is not made: what the loaded model and the host's settings would make of it. No model is loaded."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def request(told: Mapping[str, Any], model: Any) -> tuple[Any, Any]:
 
 def _shift(p: Any) -> None:
     """The request's own shift of a flow model's schedule (Neo), on a copy: the model may be sampling."""
-    wrap = getattr(p.sampler, "model_wrap", None)
+    wrap: Any = getattr(p.sampler, "model_wrap", None)
     if not has_sigmas(p.sampler) or not getattr(p.sd_model, "use_shift", False) or not hasattr(wrap, "predictor"):
         return
     wrap.predictor = copy.deepcopy(wrap.predictor)

@@ -86,7 +86,7 @@ def timestep(p: Any, sigma: Tensor) -> float | None:
 
 def timesteps(p: Any, schedule: Tensor) -> list[float] | None:
     """The model's timesteps of a whole schedule; None where it counts none, and for the clean end."""
-    wrap = getattr(p.sampler, "model_wrap", None)
+    wrap: Any = getattr(p.sampler, "model_wrap", None)
     if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
         return None
     noisy = schedule[schedule > 0].to(devices.device)

@@ -34,7 +34,8 @@ def channel(answer: Answerer, chooser: Any) -> None:
         choice = gr.update() if chosen is None else gr.update(choices=["", chosen], value=chosen)
         return [said, choice, gr.update() if found is None else gr.update(value=str(found))]
 
-    for component in (question, told, file):
+    hidden: list[Any] = [question, told, file]
+    for component in hidden:
         component.do_not_save_to_config = True
     quiet = {"show_progress": "hidden", "queue": False, **_unpublished(question.change)}
     question.change(ask, inputs=[question], outputs=[told, chooser, file], **quiet)

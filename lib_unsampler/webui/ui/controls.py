@@ -24,6 +24,7 @@ def control(f: Any, defaults: Mapping[str, Any]) -> Any:
     """The control of a field; ``defaults`` are what controls begin with where that is a preference."""
     common = {**_common(f), "elem_classes": ["batch-unsampler-field"]}
     value, choices = defaults.get(f.name, f.default), f.metadata["choices"]
+    made: Any
     if choices is OUTPUTS:
         made = gr.CheckboxGroup(choices=list(choices), value=list(value), **common)
     elif choices:
@@ -48,7 +49,7 @@ def _number(f: Any, value: float, common: Mapping[str, Any]) -> Any:
     bounds = {"minimum": f.metadata["minimum"], "maximum": f.metadata["maximum"]}
     step = min(0.01, f.default or 0.01)
     kind = {"precision": 0, "step": 1} if isinstance(f.default, int) else {"precision": None, "step": step}
-    number = gr.Number(value=value, **kind, **bounds, **common)
+    number: Any = gr.Number(value=value, **kind, **bounds, **common)
     number.preprocess = lambda value: value
     return number
 
@@ -66,9 +67,9 @@ def file_chooser(f: Any, folder: Callable[[], Path]) -> Any:
             raise gr.Error(str(error)) from None
         return gr.update(choices=["", *shelf.names(folder())], value=name)
 
-    chooser = gr.Dropdown(choices=[], value=f.default, allow_custom_value=True, scale=8, **_common(f))
+    chooser: Any = gr.Dropdown(choices=[], value=f.default, allow_custom_value=True, scale=8, **_common(f))
     chooser.preprocess = lambda value: value or ""  # settings.py checks it, as it does numbers
-    narrow = {"scale": 1, "min_width": 80}
+    narrow: dict[str, Any] = {"scale": 1, "min_width": 80}
     look = gr.Button("Look for files", elem_id=f"{ELEM_ID}_look", **narrow)
     upload = gr.UploadButton("Upload one", file_types=[shelf.ENDING], elem_id=f"{ELEM_ID}_upload", **narrow)
     look.click(listed, inputs=[], outputs=[chooser], show_progress=False)
