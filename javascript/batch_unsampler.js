@@ -472,7 +472,8 @@
             });
             const speeds = [0.25, 0.5, 1, 2, 4].map((s) => make("option", { value: s, selected: s === 1 }, `${s}\u00d7`));
             this.speed = make("select", { class: `${CSS}-choice`, "aria-label": "Speed" }, ...speeds);
-            this.image = make("select", { class: `${CSS}-choice`, "aria-label": "Image", hidden: true, onchange: () => this.choose(Number(this.image.value)) });
+            const attributes = { class: `${CSS}-choice`, "aria-label": "Image", hidden: true };
+            this.image = make("select", { ...attributes, onchange: () => this.choose(Number(this.image.value)) });
             this.told = make("span", { class: `${CSS}-told`, id: `${PREFIX}_frame` });
             this.compare = button("Compare", "Wipe between the source and this frame", () => this.wipe(), { "aria-pressed": "false" });
             this.edge = make("input", {
@@ -606,9 +607,9 @@
         }
 
         next() {
-            const wait = (1000 * (this.settings.duration || 0.1)) / Number(this.speed.value);
+            const pause = (1000 * (this.settings.duration || 0.1)) / Number(this.speed.value);
             this.go((this.at + 1) % this.frames.length);
-            this.timer = setTimeout(() => this.next(), wait);
+            this.timer = setTimeout(() => this.next(), pause);
         }
 
         pause() {
