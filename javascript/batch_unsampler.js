@@ -4,7 +4,9 @@
  * It knows no field and no host by itself. An element `.batch-unsampler-stage` holds the form as JSON
  * (lib_unsampler/settings/form.py), with selectors of the host's own controls. Each field is an element
  * `#batch_unsampler_NAME` with ordinary inputs in it. Questions go through hidden components of the page
- * (`#batch_unsampler_question`, `_answer`), or to an address that the form names (`url`).
+ * (`#batch_unsampler_question`, `_answer`), or as POSTed JSON to an address that the form names (`url`). A page
+ * of another host dispatches `batch-unsampler-result` on the document, with `{ result, images }` as its detail,
+ * when a run is done; `places.latents` is then where latents files are served.
  *
  * Nothing is left in the global scope, nothing polls: it listens to the document's events and to a few
  * elements' changes. Without it every control works as it is.
@@ -851,7 +853,7 @@
 
         /** What the sigmas depend on. */
         key(values, host) {
-            const samples = values.output.includes("init");
+            const samples = (values.output || []).includes("init");
             const steps = samples || !values.steps ? host.steps : values.steps;
             const strength = this.fixed ? host.denoising_strength : null;
             const size = [host.width, host.height];
@@ -890,7 +892,7 @@
                 this.curve.lack(schedule.none);
                 return;
             }
-            const samples = values.output.includes("init");
+            const samples = (values.output || []).includes("init");
             const own = this.ownStart(schedule, host);
             const start = values.end_at_step >= 0 ? values.end_at_step : samples ? own : 0;
             const every = Math.max(1, values.step_increment || 1);
@@ -962,8 +964,9 @@
     /** Begins when the form is on the page, which the host builds some time after this file is read. */
     function begin() {
         const stage = document.querySelector(`.${CSS}-stage[data-form]`);
-        const ready = stage && document.getElementById(`${PREFIX}_trajectory`);
-        if (!ready) return false;
+        if (!stage) return false;
+        const { fields } = JSON.parse(stage.dataset.form);
+        if (!fields.every(({ name }) => document.getElementById(`${PREFIX}_${name}`))) return false;
         new Page(stage);
         return true;
     }
@@ -971,7 +974,7 @@
     function wait() {
         if (begin()) return;
         const watch = new MutationObserver(() => {
-            if (document.querySelector(`.${CSS}-stage[data-form]`) && begin()) watch.disconnect();
+            if (begin()) watch.disconnect();
         });
         watch.observe(document.documentElement, { childList: true, subtree: true });
     }
