@@ -299,7 +299,7 @@
         /** `start`: the index where img2img's own sampling begins, or null where it is on another schedule. */
         show(schedule, kept, start) {
             this.told = { ...schedule, kept, start };
-            this.at = null;
+            if (this.at >= schedule.sigmas.length) this.at = null;
             this.box.dataset.kept = JSON.stringify(kept.map((index) => schedule.sigmas[index]));
             this.box.setAttribute("aria-valuemax", schedule.sigmas.length - 1);
             this.redraw();
