@@ -23,6 +23,9 @@ class SettingsError(ValueError):
 def convert(f: Any, value: Any) -> Any:
     """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
     kind = type(f.default)
+    word = f.metadata["word"]
+    if word and isinstance(value, str) and value.strip().lower() == word:
+        return f.default
     if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
