@@ -167,7 +167,7 @@ class Settings:
     )
     noise: str = option(
         "shared",
-        "Noise (shared: img2img's own)",
+        "Noise",
         "shared: one draw, the same at every level; independent: a fresh draw per level; "
         "path: one random walk from clean to noise, the forward process itself.",
         host="The shared draw is img2img's own.",
@@ -533,9 +533,9 @@ def whole_help(f: Any) -> str:
     return " ".join(part for part in (f.metadata["help"], f.metadata["host"], cli) if part)
 
 
-def cli_help(f: Any) -> str:
-    """A field's help for the command line alone."""
-    return " ".join(part for part in (f.metadata["help"], f.metadata["cli"]) if part)
+def help_on(f: Any, surface: str) -> str:
+    """A field's help for one surface alone."""
+    return " ".join(part for part in (f.metadata["help"], f.metadata[surface]) if part)
 
 
 def allowed(f: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .fields import OUTPUTS, allowed, surface_fields
+from .fields import OUTPUTS, allowed, help_on, surface_fields
 
 OPEN = (("output",), ("mode", "noise", "solver"), ("steps", "end_at_step", "step_increment", "skip"))
 """What every run needs, as rows of fields."""
@@ -134,7 +134,7 @@ def described(surface: str, defaults: Mapping[str, Any], presets: Sequence[str] 
             "name": f.name,
             "kind": _kind(f),
             "label": f.metadata["label"],
-            "help": f.metadata["help"],
+            "help": help_on(f, surface),
             "allowed": allowed(f),
             "default": _plain(defaults.get(f.name, f.default)),
             "word": f.metadata["word"],

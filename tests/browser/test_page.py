@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_unsampler.settings import form, surface_fields
+from lib_unsampler.settings import form, help_on, surface_fields
 
 FIELDS = {f.name: f for f in surface_fields("host")}
 
@@ -167,7 +167,7 @@ def test_the_model_s_name_and_a_level_are_read(page: Any) -> None:
 
 
 def test_help_is_there_on_demand_and_by_keyboard(page: Any) -> None:
-    help_text = FIELDS["noise"].metadata["help"]
+    help_text = help_on(FIELDS["noise"], "host")
     assert not page.get_by_text(help_text).filter(visible=True).count()
     ask = page.get_by_role("button", name="Help: Noise", exact=True)
     ask.focus()

@@ -16,7 +16,7 @@ import torch
 from doubled import latents_of
 
 from lib_unsampler.core import trajectory
-from lib_unsampler.settings import Settings, form, surface_fields
+from lib_unsampler.settings import Settings, form, help_on, surface_fields
 
 HOST = {"sampler": "Euler", "scheduler": "Automatic", "steps": 8, "denoising_strength": 0.6, "width": 64, "height": 64}
 FIELDS = surface_fields("host")
@@ -215,13 +215,13 @@ def test_script_info_has_each_field_s_help(host: SimpleNamespace) -> None:
         controls = host.script.ui(True)
     host.script.api_info = SimpleNamespace(args=[SimpleNamespace(label=control.label) for control in controls])
     labels = [arg.label for arg in host.script.api_info.args]
-    assert labels == ["Batch Unsampler", *(f"{f.metadata['label']}: {f.metadata['help']}" for f in FIELDS)]
+    assert labels == ["Batch Unsampler", *(f"{f.metadata['label']}: {help_on(f, 'host')}" for f in FIELDS)]
 
 
 def test_the_form_without_its_script_has_every_field_s_help(host: SimpleNamespace) -> None:
     with gr.Blocks():
         controls = host.script.ui(True)
-    assert [control.info for control in controls[1:]] == [f.metadata["help"] for f in FIELDS]
+    assert [control.info for control in controls[1:]] == [help_on(f, "host") for f in FIELDS]
 
 
 def test_the_script_is_told_of_every_field(host: SimpleNamespace) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...settings import form, pasted, surface_fields
+from ...settings import Pasted, form, pasted, surface_fields
 from .channel import Answerer, channel, tells_script
 from .controls import ELEM_ID, control, file_chooser, preference_components
 from .page import stage
@@ -84,7 +84,7 @@ def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, 
     def reader(f: Any) -> Callable[[Mapping[str, str]], Any]:
         def read(params: Mapping[str, str]) -> Any:
             value = (pasted(params, "host") or {}).get(f.name)
-            return list(value) if isinstance(value, tuple) else value
+            return Pasted(value) if isinstance(value, tuple) else value
 
         return read
 

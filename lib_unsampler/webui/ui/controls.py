@@ -10,14 +10,14 @@ from typing import Any
 import gradio as gr
 
 from ...core.trajectory import TrajectoryError
-from ...settings import OUTPUTS, Preferences
+from ...settings import OUTPUTS, Preferences, help_on
 from .. import shelf
 
 ELEM_ID = "batch_unsampler"
 
 
 def _common(f: Any) -> dict[str, Any]:
-    return {"label": f.metadata["label"], "info": f.metadata["help"], "elem_id": f"{ELEM_ID}_{f.name}"}
+    return {"label": f.metadata["label"], "info": help_on(f, "host"), "elem_id": f"{ELEM_ID}_{f.name}"}
 
 
 def control(f: Any, defaults: Mapping[str, Any]) -> Any:
