@@ -61,7 +61,7 @@ def read(f: Any, value: Any) -> Any:
         return convert(f, value)
     except (ValueError, TypeError, KeyError, OverflowError):
         cleared = value is None and type(f.default) in (int, float)
-        said = "empty (None)" if cleared else repr(value)
+        said = "None (empty)" if cleared else repr(value)
         raise SettingsError([f"{f.name}: {said} is not {allowed(f)}"]) from None
 
 
