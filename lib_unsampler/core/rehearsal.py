@@ -133,7 +133,7 @@ def forward(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **op
         first.append(len(shown) - 1)
 
     takes = "noise_sampler" in inspect.signature(function).parameters
-    silent = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
+    silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
     rehearse(function, Counted(model), waves(0, like), sigmas, options, callback=callback, **silent)
     return Forward(tuple(first), tuple(shown))
 

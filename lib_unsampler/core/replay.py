@@ -163,7 +163,7 @@ class OpenNoise:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> OpenNoise:
-        return self * (1 / factor)
+        return OpenNoise(self._asked, (*self._factors, 1 / factor))
 
     def __radd__(self, mu: Tensor) -> Tensor:
         return self._asked.settle(mu, self._factors)
@@ -275,7 +275,7 @@ class _AskedAgain:
         self._model, self._rewind, self._calls = model, rewind, 0
 
     def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised = self._model(x, sigma, **args)
+        denoised: Tensor = self._model(x, sigma, **args)
         self._calls += 1
         if self._calls == 1:
             self._rewind()
@@ -352,7 +352,7 @@ def rehearsed(
     fresh = (waves(1 + number, like) for number in count(steps))
     recorder, stand_in = Recorder(sigmas, torch.stack(zs), source, fresh, prediction), StandIn(model)
     try:
-        run = {"callback": recorder.callback, "noise_sampler": recorder}
+        run: dict[str, Any] = {"callback": recorder.callback, "noise_sampler": recorder}
         made = recorder.recording(function, options, rehearse(function, stand_in, zs[-1], sigmas, options, **run))
         if not _repeats(function, stand_in, made, 0, options):
             raise ReplayError(f"sampler: {name!r} does not repeat itself with the same noises: it draws others too")
@@ -368,7 +368,7 @@ def rehearsed(
 def _repeats(function: Sampler, stand_in: StandIn, made: Recording, skip: int, options: Mapping[str, Any]) -> bool:
     """Whether a sampler's states from a step on are the recorded ones again."""
     seen: list[Tensor] = []
-    run = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
+    run: dict[str, Any] = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
     seen.append(rehearse(function, stand_in, made.states[skip], made.sigmas[skip:], options, seed=1, **run))
     out = waves(0, seen[0]).cpu().double() - made.residual
     wanted = [*made.states[skip:], out.to(seen[0])]
