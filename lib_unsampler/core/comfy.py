@@ -25,12 +25,19 @@ from ..files import whole
 from .noising import append_dims
 from .trajectory import Trajectory
 
+ENDING = ".latent"
 SCALES = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd3": (1.5305, 0.0609), "flux": (0.3611, 0.1159)}
 """(scale, shift) of ComfyUI's latent formats (``comfy/latent_formats.py``)."""
 
 
 class ComfyError(ValueError):
     """Noise levels that ComfyUI's latent file cannot hold."""
+
+
+def form_of(scale: float, shift: float) -> str:
+    """The name of the latent format of an autoencoder's scale and shift; empty for one that is not known."""
+    known = (name for name, held in SCALES.items() if abs(held[0] - scale) < 1e-6 and abs(held[1] - shift) < 1e-6)
+    return next(known, "")
 
 
 def as_latents(z: Tensor, sigmas: Tensor, prediction: str, form: str) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .replay import Sampler, name_of
+from .rehearsal import Sampler, forward, name_of
 
 TIMESTEPS = 1000
 """T: the timesteps of the schedules that the models were trained on."""
@@ -59,8 +59,6 @@ def active(step: int, steps: int, begin: float, end: float) -> bool:
 def first_calls(function: Sampler, model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> list[int | None]:
     """For each model call of a run, the step (from 0) whose first call it is; None for a call within a step.
 
-    Draws from torch's global generators if the sampler does so by itself: the caller keeps them.
-
     Arguments:
         function: The sampler's, with the options that it will be run with.
         model: The denoiser, looked at but never called.
@@ -72,32 +70,16 @@ def first_calls(function: Sampler, model: Any, x: Tensor, sigmas: Tensor, **opti
     """
     if "sigmas" not in inspect.signature(function).parameters:
         raise GuidanceError(f"sampler: {name_of(function)!r} chooses its own steps and cannot be guided")
-    seen: list[float] = []
-    firsts: list[int] = []
-    tiny = torch.zeros_like(x[:1, ..., :1, :1])
-    if "noise_sampler" in inspect.signature(function).parameters:
-        options["noise_sampler"] = lambda *_: torch.zeros_like(tiny)
-
-    class Blank:
-        """Looks like the model; knows nothing."""
-
-        def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            seen.append(float(sigma.flatten()[0]))
-            return torch.zeros_like(x)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(model, name)
-
-    options = {**options, "callback": lambda _: firsts.append(len(seen) - 1), "disable": True}
-    function(Blank(), tiny, sigmas=sigmas, **options)
-    levels = [float(sigma) for sigma in sigmas[:-1]]
-    if len(firsts) != len(levels) or not all(math.isclose(seen[c], s, rel_tol=1e-5) for c, s in zip(firsts, levels)):
+    counted = forward(function, model, x, sigmas=sigmas, **options)
+    firsts, levels = counted.first, [float(sigma) for sigma in sigmas[:-1]]
+    at = [counted.sigmas[call] for call in firsts]
+    if len(firsts) != len(levels) or not all(math.isclose(a, s, rel_tol=1e-5) for a, s in zip(at, levels)):
         raise GuidanceError(
             f"sampler: {name_of(function)!r} does not take the schedule's steps one after the other "
             "(with s_churn above 0 none does) and cannot be guided"
         )
     steps = {call: step for step, call in enumerate(firsts)}
-    return [steps.get(call) for call in range(len(seen))]
+    return [steps.get(call) for call in range(len(counted.shown))]
 
 
 class Guided:

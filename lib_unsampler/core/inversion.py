@@ -3,8 +3,9 @@ r"""Inversion: the model walks its own schedule backwards, from a picture to the
 Two solvers, over the same k-diffusion samplers:
 
 * ``reverse`` runs the sampler over the ascending schedule :math:`s_{n-1} < \dots < s_e` (ComfyUI_Noise's
-  Unsampler, FlipSigmas): the probability-flow ODE integrated upwards. The first step, from 0 to
-  :math:`s_{n-1}`, is one Euler step with D evaluated at :math:`s_{n-1}`: :math:`z = x + (x - D(x; s_{n-1}))`.
+  Unsampler, FlipSigmas): the probability-flow ODE integrated upwards. The first step, from the schedule's end
+  :math:`s_n` (mostly 0) to :math:`s_{n-1}`, is one Euler step with D evaluated at :math:`s_{n-1}`:
+  :math:`z = x + (1 - s_n / s_{n-1}) (x - D(x; s_{n-1}))`.
 * ``exact`` finds at each level the state x that the sampler's *own step* maps onto the present one, y:
 
   .. math:: F(x) = \mathrm{step}_i(x) - y = 0, \quad
@@ -17,7 +18,8 @@ Two solvers, over the same k-diffusion samplers:
   calls, the levels handed over at the end, and under strong guidance not always converging (the images say so).
   Each image of a batch converges by itself, and costs no call once it has.
 
-The sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
+A schedule that ends above 0 has the source as its state there. On one that ends at 0 the
+sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
 source. The convention: it is solved like every other step, from x = source, and where it converges no
 further, or only to more noise than that level has (three times its sigma), the best x stays. Its residual says
 what is lost, and the round trip loses about that much.
@@ -148,6 +150,12 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     return name, f"{sampler} {why}: inverted ({solver}) as {name}"
 
 
+def without_noise(sampler: str, solver: str, options: Mapping[str, Any]) -> str:
+    """The message to show where a sampler's options (``s_churn``) add noise, which its inversion leaves out."""
+    churn = f" with s_churn {options['s_churn']:g}" if options.get("s_churn") else ""
+    return f"{sampler}{churn} adds noise at each step: inverted ({solver}) without it, and sampling does not come back"
+
+
 def invert(
     model: Model,
     x: Tensor,
@@ -259,7 +267,8 @@ class _Run:
             self._reversed(visited[info["i"]], info["x"], info["denoised"])
 
         self._count = 0
-        z = source + (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
+        part = 1 - float(self._schedule[-1] / sigmas[0])
+        z = source + part * (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
         if len(visited) > 1:
             z = self._function(denoise, z, sigmas.to(source), extra_args={}, callback=callback, disable=True)
         self._reversed(visited[-1], z, None)

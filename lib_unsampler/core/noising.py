@@ -179,8 +179,12 @@ def plan(levels: Levels, kind: str, prediction: str) -> list[tuple[float, float,
 
 
 def path_factors(schedule: NDArray[Any], prediction: str) -> NDArray[Any]:
-    """:func:`diffusion`'s factors by draw number: row j leads to schedule index n - 1 - j; float32, (n, 2)."""
+    """:func:`diffusion`'s factors by draw number: row j leads to schedule index n - 1 - j; float32, (n, 2).
+
+    The first begins at the clean latent, sigma 0, wherever sampling ends.
+    """
     sigma = schedule[::-1].astype(np.float64)
+    sigma[0] = 0
     factors = np.empty((len(sigma) - 1, 2), np.float32)
     factors[:, 0], factors[:, 1] = diffusion(sigma[:-1], sigma[1:], prediction)
     return factors

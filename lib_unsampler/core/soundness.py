@@ -31,8 +31,8 @@ def misfits(saved: Trajectory) -> list[str]:
         found.append(f"seeds {list(saved.seeds)} are not whole numbers")
     if saved.mask is not None and not _broadcasts(tuple(saved.mask.shape), shape):
         found.append(f"mask {tuple(saved.mask.shape)} does not fit source {shape}")
-    if (saved.mask is None) != (saved.handoff is None):
-        found.append("mask and handoff come together")
+    if saved.blended and (saved.mask is None or saved.handoff is None):
+        found.append("mask and handoff come together in format 1")
     if saved.handoff is not None and tuple(saved.handoff.shape) != shape:
         found.append(f"handoff {tuple(saved.handoff.shape)} does not fit source {shape}")
     return found or _level_misfits(saved) or ([] if saved.replay is None else _replay_misfits(saved, saved.replay))

@@ -1,9 +1,12 @@
 """Trajectory: the noise levels of one run, with all that is needed to go on from them.
 
 The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
-``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
-``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never
-unpickles anything.
+``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask``, where sampling began
+elsewhere than at the last z also ``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text
+metadata. Loading never unpickles anything.
+
+Format 2 holds z as the sampler knows it, unmasked. Format 1 held, with a mask, the source outside it (``blended``),
+and the unmasked last level as ``handoff``: all that such a file can be sampled from.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from .replay import Recording
 from .soundness import DTYPES, bad_values, misfits
 
 FORMAT = "batch-unsampler-trajectory"
-VERSION = 1
+VERSION = 2
 BARE_TENSORS = ("z", "sigmas", "schedule", "source")
 MASK_TENSORS = ("mask", "handoff")
 REPLAY_TENSORS = ("states", "maps", "residual")
@@ -39,21 +42,21 @@ class Trajectory:
     """Noise levels of a batch of images, least noisy first.
 
     Attributes:
-        z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
+        z: Latents with shape (L, B, C, [T,] H, W), unmasked unless ``blended``.
         sigmas: The levels' sigmas, rising, with shape (L).
-        schedule: The whole descending schedule the levels are from, with shape (n + 1); it ends where sampling
-            ends, at 0 or above.
+        schedule: The whole descending schedule the levels are from, to where sampling ends, with shape (n + 1).
         start: The index in ``schedule`` of the noisiest level, where sampling goes on.
         source: The clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
         seeds: One seed per image.
         mask: With a mask, its weights, broadcastable against ``source``; else None.
-        handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
-            at a high noise level. None without a mask, where it is ``z[-1]``.
+        handoff: Where sampling goes on from, with the shape of ``source``, if that is not ``z[-1]``: with extra
+            noise, or where z is ``blended`` (a model must not see a clean border at a high noise level).
         replay: The source as a sampler's noises, made on the end of ``schedule`` from ``start`` or
             later; None unless the run was a replay.
         settings: The request's fields, as plain values.
         info: Anything else worth keeping as text (model name, host).
+        blended: Whether z is the source outside the mask, as in masked files of format 1.
     """
 
     z: Tensor
@@ -68,6 +71,7 @@ class Trajectory:
     replay: Recording | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, str] = field(default_factory=dict)
+    blended: bool = False
 
     def __post_init__(self) -> None:
         found = misfits(self)
@@ -81,7 +85,7 @@ class Trajectory:
 
     @property
     def remaining(self) -> Tensor:
-        """The schedule from the hand-off level to its end."""
+        """The schedule from the hand-off level to where sampling ends."""
         return self.schedule[self.start :]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -99,7 +103,7 @@ def of_walk(
     prediction: str,
     *,
     mask: Tensor | None,
-    last: Tensor,
+    handoff: Tensor | None = None,
     **about: Any,
 ) -> Trajectory:
     """The trajectory of a walk through a schedule.
@@ -111,7 +115,7 @@ def of_walk(
         source: Clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
         mask: Weights that broadcast against the source, or None.
-        last: The noisiest level, unmasked.
+        handoff: Where sampling began, if not at the noisiest level.
         about: Its other attributes.
     """
     return Trajectory(
@@ -122,9 +126,29 @@ def of_walk(
         source=source.cpu(),
         prediction=prediction,
         mask=None if mask is None else mask.cpu().float(),
-        handoff=None if mask is None else last.cpu(),
+        handoff=None if handoff is None else handoff.cpu(),
         **about,
     )
+
+
+def cut(trajectory: Trajectory, start: int) -> Trajectory:
+    """The same walk, ended at a less noisy level.
+
+    Raises:
+        TrajectoryError: if that level is not in it, or its unmasked state was not kept.
+    """
+    inside = trajectory.start <= start < len(trajectory.schedule)
+    found = (trajectory.sigmas == trajectory.schedule[start if inside else trajectory.start]).nonzero()
+    if not inside or len(found) == 0:
+        raise TrajectoryError(f"step {start} is not one of the levels that were kept")
+    if trajectory.blended and start != trajectory.start:
+        raise TrajectoryError("of a masked file of format 1, only the noisiest level is kept unmasked")
+    count = int(found[-1]) + 1
+    fits = trajectory.replay is not None and len(trajectory.replay.states) <= len(trajectory.schedule) - 1 - start
+    replay = trajectory.replay if fits else None
+    handoff = trajectory.handoff if start == trajectory.start else None
+    z, sigmas = trajectory.z[:count], trajectory.sigmas[:count]
+    return replace(trajectory, z=z, sigmas=sigmas, start=start, handoff=handoff, replay=replay)
 
 
 class Kept:
@@ -155,6 +179,11 @@ class Kept:
         """A tensor of the levels' shape and type without their data."""
         return self._level.expand(self._count, *self._level.shape)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every level, as it was taken, on the CPU."""
+        for data in self:
+            yield torch.frombuffer(bytearray(data), dtype=self._level.dtype).reshape(self._level.shape)
+
     def __iter__(self) -> Iterator[bytes]:
         """Every level's data."""
         self._file.seek(0)
@@ -172,7 +201,12 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
 
     Arguments:
         kept: The data of ``trajectory.z``, where that is only an outline.
+
+    Raises:
+        TrajectoryError: for blended levels, which are of format 1.
     """
+    if trajectory.blended:
+        raise TrajectoryError("blended levels are of format 1, which is no longer written")
     tensors = trajectory.tensors()
     metadata = {
         "format": FORMAT,
@@ -256,6 +290,7 @@ def _read(path: Path) -> Trajectory:
         seeds=tuple(json.loads(metadata["seeds"])),
         settings=_words(metadata, "settings"),
         info=_words(metadata, "info"),
+        blended=metadata["version"] == "1" and bool(masked),
     )
 
 

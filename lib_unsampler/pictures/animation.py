@@ -123,7 +123,8 @@ class Animation:
 
     def _opened(self) -> Container:
         if self._container is None:
-            self._container = self._format(self._part, self._size, self._text, self._timing.plays)
+            timing = self._timing
+            self._container = self._format(self._part, self._size, self._text, timing.plays, timing.mean())
             self._container.begin()
         return self._container
 

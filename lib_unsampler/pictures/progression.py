@@ -84,7 +84,6 @@ def frames(
         visit: Told every level once, whether it is shown or not.
         recover: Gives memory back after it ran out.
     """
-    count = len(scene.source)
 
     def views() -> Iterator[tuple[int | None, Tensor]]:
         if begins_clean:
@@ -94,11 +93,28 @@ def frames(
             if visit(index, z, masked):
                 yield index, scene.shown(index, masked)
 
+    yield from stills(views(), len(scene.source), scene.schedule, decode, chunk, recover)
+
+
+def stills(
+    views: Iterable[tuple[int | None, Tensor]],
+    count: int,
+    schedule: Tensor,
+    decode: Callable[[Tensor], list[Image.Image]],
+    chunk: int,
+    recover: Callable[[], None] = lambda: None,
+) -> Iterator[Frame]:
+    """What is to be seen of a batch of ``count`` images as frames, decoded in chunks; see :func:`frames`.
+
+    Arguments:
+        views: What to decode as (schedule index, latents): a batch, or a batch's panels one after the other.
+    """
+
     def pictures(taken: list[tuple[int | None, Tensor]]) -> list[list[Image.Image]]:
         every = decode(torch.cat([view for _, view in taken]))
         size = len(every) // len(taken)  # more than count where each image has a panel
         panels = [every[start : start + size] for start in range(0, len(every), size)]
         return [[beside(panel[image::count]) for image in range(count)] for panel in panels]
 
-    for (index, _), made in in_chunks(views(), pictures, chunk, recover):
-        yield Frame(index, 0.0 if index is None else float(scene.schedule[index]), made)
+    for (index, _), made in in_chunks(views, pictures, chunk, recover):
+        yield Frame(index, 0.0 if index is None else float(schedule[index]), made)

@@ -69,22 +69,30 @@ class Reel:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, picture: Image.Image, step: int | None, timestep: float | None) -> Image.Image:
-        """Takes the next frame, of schedule index ``step`` (None: the source); returns it as it is shown."""
+    def add(self, picture: Image.Image, step: int | None, timestep: float | None, part: str = "") -> Image.Image:
+        """Takes the next frame; returns it as it is shown.
+
+        Arguments:
+            step: Its schedule index; None for a picture without noise.
+            timestep: The model's timestep, if it is to be told.
+            part: What it is part of, for its caption: empty is the noising.
+        """
         sigma = self._sigmas[self._count]
         if self._sheet and evenly(self._count, len(self._sigmas), render.SHEET_FRAMES):
             self._small.append((render.thumbnail(picture), render.sigma_text(sigma)))
-        picture = self._captioned(picture, step, sigma, timestep)
+        picture = self._captioned(picture, step, sigma, timestep, part)
         if self._animation is not None:
             self._animation.add(picture)
         self._count += 1
         return picture
 
-    def _captioned(self, picture: Image.Image, step: int | None, sigma: float, timestep: float | None) -> Image.Image:
+    def _captioned(
+        self, picture: Image.Image, step: int | None, sigma: float, timestep: float | None, part: str
+    ) -> Image.Image:
         """A frame with what is to be written on it: the pictures of a panel are named wherever there is room."""
         settings = self._settings
-        kind = settings.noise if settings.mode == "noise" else settings.mode
-        said = render.caption(step, sigma, timestep, kind)
+        kind = part or (settings.noise if settings.mode == "noise" else settings.mode)
+        said = render.caption(step, sigma, timestep, kind, part or "source")
         if settings.panel and (settings.captions or min(picture.width // 3, picture.height) >= NAMED_SIDE):
             seen = ["source"] if step is None else ["what the model sees in it"]
             noisy = said if settings.captions else ["source" if step is None else "the noisy latent"]

@@ -104,10 +104,10 @@ def sigma_text(sigma: float) -> str:
     return f"sigma {sigma:.3g}"
 
 
-def caption(step: int | None, sigma: float, timestep: float | None, noise: str) -> list[str]:
-    """What a frame's caption says, piece by piece; the source has only its sigma."""
+def caption(step: int | None, sigma: float, timestep: float | None, noise: str, name: str = "source") -> list[str]:
+    """What a frame's caption says, piece by piece; a picture without noise has only its name and sigma."""
     if step is None:
-        return ["source", sigma_text(sigma)]
+        return [name, sigma_text(sigma)]
     known = [] if timestep is None else [f"t {timestep:.0f}"]
     return [f"step {step}", sigma_text(sigma), *known, noise]
 

@@ -63,8 +63,13 @@ def latent_decibels(made: Tensor, source: Tensor) -> float | None:
 
 
 def pixel_decibels(made: Image.Image, source: Image.Image) -> float | None:
-    r""":math:`20 \log_{10}(255 / \mathrm{RMSE})` of two pictures of one size; None without any error."""
-    one, other = (np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in (made, source))
+    r""":math:`20 \log_{10}(255 / \mathrm{RMSE})` of two pictures; None without any error.
+
+    A codec gives back whole blocks: where it drops or adds some rows or columns, the shared part is compared.
+    """
+    shared = (0, 0, min(made.width, source.width), min(made.height, source.height))
+    pictures = (picture.convert("RGB").crop(shared) for picture in (made, source))
+    one, other = (np.asarray(picture, dtype=np.float64) for picture in pictures)
     error = math.sqrt(float(np.mean((one - other) ** 2)))
     return None if error == 0 else 20 * math.log10(255 / error)
 

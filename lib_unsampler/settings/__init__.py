@@ -6,6 +6,7 @@ from .fields import (
     MODELS,
     OUTPUTS,
     SAMPLERS,
+    SAMPLING,
     SCHEDULERS,
     STOCHASTIC,
     TITLE,
@@ -17,7 +18,7 @@ from .fields import (
     whole_help,
 )
 from .infotext import INFOTEXT_PREFIX, VERSION_KEY, from_infotext, infotext_key, pasted, to_infotext
-from .parsing import SettingsError, named, parse, parse_args, parse_preferences, read
+from .parsing import Pasted, SettingsError, named, parse, parse_args, parse_preferences, read
 
 __all__ = [
     "FORMATS",
@@ -25,10 +26,12 @@ __all__ = [
     "MODELS",
     "OUTPUTS",
     "SAMPLERS",
+    "SAMPLING",
     "SCHEDULERS",
     "STOCHASTIC",
     "TITLE",
     "VERSION_KEY",
+    "Pasted",
     "Preferences",
     "Settings",
     "SettingsError",

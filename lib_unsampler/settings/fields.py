@@ -46,7 +46,19 @@ SCHEDULERS = ("karras", "exponential", "polyexponential", "vp")
 MODELS = ("gaussian", "gaussian-flow", "mixture")
 
 
-OUTPUTS = ("frames", "animation", "contact sheet", "sigma curve", "latents", "init")
+OUTPUTS = (
+    "frames",
+    "animation",
+    "contact sheet",
+    "sigma curve",
+    "latents",
+    "init",
+    "guide",
+    "strength sweep",
+    "comfyui",
+)
+SAMPLING = frozenset({"init", "guide", "strength sweep"})
+"""Outputs for which img2img samples a picture; their levels are img2img's own."""
 
 
 FORMATS = ("gif", "webp", "apng", "mp4")
@@ -55,9 +67,9 @@ FORMATS = ("gif", "webp", "apng", "mp4")
 BOTH = ("cli", "host")
 
 
-MOVING = ("animation",)
+MOVING = ("animation", "strength sweep")
 SHOWN = ("frames", "animation", "contact sheet")
-THINNED = ("frames", "animation", "contact sheet", "sigma curve", "latents")
+THINNED = (*SHOWN, "sigma curve", "latents", "comfyui", "strength sweep")
 RESAMPLED = ("resample",)
 """Outputs that fields belong to; ``resample`` and ``report`` are the command line's, beside :data:`OUTPUTS`."""
 
@@ -80,6 +92,7 @@ def option(
     cli: str = "",
     modes: tuple[str, ...] = (),
     outputs: tuple[str, ...] = (),
+    word: str = "",
 ) -> Any:
     """A dataclass field with its documentation and bounds as metadata.
 
@@ -89,6 +102,7 @@ def option(
         cli: What only the command line adds to it.
         modes: The modes that use the field, if not all do.
         outputs: The outputs that use it, if not all do; with both, either is enough.
+        word: What a number's default is called, where that is no amount: both are accepted.
     """
     return field(
         default=default,
@@ -104,6 +118,7 @@ def option(
             "cli": cli,
             "modes": modes,
             "outputs": outputs,
+            "word": word,
         },
     )
 
@@ -117,30 +132,34 @@ class Settings:
         "Output",
         "Each noise level as an image, the moving progression, one sheet of all frames (of 400 "
         "where there are more), a picture of the schedule with the kept levels marked, a safetensors file of the "
-        "latents, or (init) the latent from which img2img's own sampling starts.",
+        "latents, the latent from which img2img's own sampling starts (init), the levels towards which it is drawn at "
+        "each step (guide), a picture sampled from every level (strength sweep), or ComfyUI's .latent file (comfyui).",
         choices=OUTPUTS,
         surfaces=("host",),
     )
     steps: int = option(
         0,
-        "Steps (0: as img2img, which init needs)",
+        "Steps",
         "Steps of the schedule that is walked backwards.",
-        host="0 follows img2img; with init it must be 0, because the levels are img2img's own.",
-        cli="0 is 20.",
+        host="automatic (0) follows img2img, and is what init, guide and strength sweep need: they use its levels.",
+        cli="automatic is 20.",
+        word="automatic",
         minimum=0,
         maximum=10000,
     )
     end_at_step: int = option(
         -1,
-        "End at step (0: pure noise; -1: automatic, with init img2img's start)",
-        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest, and so is -1.",
-        host="With init -1 is img2img's start level (from the denoising strength).",
+        "End at step",
+        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest, and so is "
+        "automatic (-1).",
+        host="With init automatic is img2img's start level (from the denoising strength).",
+        word="automatic",
         minimum=-1,
         maximum=10000,
     )
     step_increment: int = option(
         1,
-        "Step increment (keep every n-th level)",
+        "Increment",
         "Keep every n-th level, counted down from the noisiest. Thins frames and files, never what is sampled from.",
         outputs=THINNED,
         minimum=1,
@@ -157,7 +176,7 @@ class Settings:
     )
     normalize: bool = option(
         False,
-        "Normalize each image's noise",
+        "Normalize the noise",
         "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
         modes=("noise", "replay"),
     )
@@ -211,8 +230,9 @@ class Settings:
     ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.", outputs=MOVING)
     loop: int = option(
         0,
-        "Plays (0: for ever)",
-        "How often the animation plays. MP4 leaves it to the player.",
+        "Plays",
+        "How often the animation plays; for ever is 0. MP4 leaves it to the player.",
+        word="for ever",
         minimum=0,
         maximum=65535,
         outputs=MOVING,
@@ -244,7 +264,7 @@ class Settings:
     )
     skip: int = option(
         0,
-        "Skip (replay: keep more of the picture)",
+        "Skip steps",
         "Replay: leave out this many of the noisiest steps; more of the picture stays. At least one step remains.",
         minimum=0,
         maximum=10000,
@@ -285,7 +305,7 @@ class Settings:
     )
     cfg: float = option(
         1.0,
-        "CFG scale for the source",
+        "CFG for the source",
         "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone.",
         cli="The resampling's scale too.",
         modes=("invert", "replay"),
@@ -295,7 +315,7 @@ class Settings:
     )
     positive: str = option(
         "",
-        "Prompt for the source (empty: img2img's own)",
+        "Prompt for the source",
         "Invert and replay: the prompt under which the model sees the source.",
         host="Empty is img2img's own; a space is an empty prompt.",
         cli="The resampling's prompt too: empty, sea, sunset, forest, night or snow, each a picture's mean colours.",
@@ -304,14 +324,14 @@ class Settings:
     )
     negative: str = option(
         "",
-        "Negative prompt for the source (empty: img2img's own)",
-        "What the guidance moves away from; as the prompt.",
+        "Negative prompt for the source",
+        "What the guidance moves away from; as the prompt, empty is img2img's own.",
         modes=("invert", "replay"),
         outputs=RESAMPLED,
     )
     solver: str = option(
         "exact",
-        "Solver of the inversion",
+        "Solver",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
         "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
         "up the schedule, a call or two a step.",
@@ -320,7 +340,7 @@ class Settings:
     )
     tolerance: float = option(
         1e-6,
-        "Tolerance of the exact solver",
+        "Tolerance",
         "Exact: how far the sampler's step may miss the level below, as a share of the noisy latent's deviation. "
         "A half-precision model stops earlier, where it no longer gets nearer.",
         minimum=1e-12,
@@ -329,7 +349,7 @@ class Settings:
     )
     max_calls: int = option(
         40,
-        "Most model calls for a level",
+        "Most calls a level",
         "Exact: the most model calls for one image at one level; what did not converge by then is named.",
         minimum=1,
         maximum=1000,
@@ -337,7 +357,7 @@ class Settings:
     )
     panel: bool = option(
         False,
-        "Show the model's estimate beside z",
+        "Estimate beside z",
         "Invert: each frame shows the source, z, and the picture that the model sees in z.",
         outputs=SHOWN,
     )
@@ -350,7 +370,7 @@ class Settings:
     )
     trajectory: str = option(
         "",
-        "Levels from a latents file",
+        "Latents file",
         "Use the levels of a saved latents file, named by its path below the img2img output folder, in place of new "
         "ones: its frames are shown, init starts from its noisiest level, and with replay its noises are replayed. "
         "Model type, size, batch and schedule must be the file's.",
@@ -358,8 +378,9 @@ class Settings:
     )
     resample_cfg: float = option(
         -1.0,
-        "CFG scale of the resampling (-1: as cfg)",
-        "Guidance scale of the resampling; -1 is that of cfg.",
+        "CFG of the resampling",
+        "Guidance scale of the resampling; as cfg (-1) is that of cfg.",
+        word="as cfg",
         minimum=0.0,
         maximum=100.0,
         automatic=-1.0,
@@ -368,23 +389,98 @@ class Settings:
     )
     resample_positive: str = option(
         "",
-        "Prompt of the resampling (empty: as positive)",
+        "Prompt of the resampling",
         "Prompt of the resampling; empty is that of positive, a space is an empty prompt.",
         surfaces=("cli",),
         outputs=RESAMPLED,
     )
     resample_negative: str = option(
         "",
-        "Negative prompt of the resampling (empty: as negative)",
+        "Negative prompt of the resampling",
         "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
         outputs=RESAMPLED,
     )
 
+    guide_strength: float = option(
+        1.0,
+        "Guide strength",
+        "Guide: how far each sampling step is drawn towards its noise level; 0 is plain img2img.",
+        minimum=0.0,
+        maximum=1.0,
+        outputs=("guide",),
+        surfaces=("host",),
+    )
+    guide_alpha: float = option(
+        3.0,
+        "Guide alpha",
+        "Guide: how soon it lets go on the way to the picture. 0 never does; 3 is DemoFusion's.",
+        minimum=0.0,
+        maximum=100.0,
+        outputs=("guide",),
+        surfaces=("host",),
+    )
+    guide_from: float = option(
+        0.0,
+        "Guide from",
+        "Guide: the share of the executed steps at which it begins.",
+        minimum=0.0,
+        maximum=1.0,
+        outputs=("guide",),
+        surfaces=("host",),
+    )
+    guide_until: float = option(
+        1.0,
+        "Guide until",
+        "Guide: the share of the executed steps at which it ends.",
+        minimum=0.0,
+        maximum=1.0,
+        outputs=("guide",),
+        surfaces=("host",),
+    )
+    guide_weight: str = option(
+        "skip residual",
+        "Guide weight",
+        "Guide: skip residual draws the whole picture, less and less; map reads the inpaint mask as a map of "
+        "strengths: white places change as much as the denoising strength says, black ones not at all.",
+        choices=("skip residual", "map"),
+        surfaces=("host",),
+        outputs=("guide",),
+    )
+    end_at_sigma: float = option(
+        0.0,
+        "End at sigma",
+        "Stop at the noisiest level at or below this sigma; 0 leaves it to end_at_step.",
+        minimum=0.0,
+        maximum=10000.0,
+        surfaces=("host",),
+    )
+    film: str = option(
+        "noising",
+        "Film",
+        "What frames and animation show: the noising, img2img's own sampling, or both, there and back.",
+        choices=("noising", "sampling", "both"),
+        outputs=("init", "guide", "resample"),
+        surfaces=("host",),
+    )
+    film_view: str = option(
+        "state",
+        "Film view",
+        "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
+        choices=("state", "estimate"),
+        outputs=("init", "guide", "resample"),
+        surfaces=("host",),
+    )
+
+    @property
+    def maps(self) -> bool:
+        """Whether the inpaint mask is a map of strengths that guides (WebUI)."""
+        return "guide" in self.output and self.guide_weight == "map"
+
     @property
     def samples(self) -> bool:
         """Whether img2img's own sampling is wanted at all (WebUI)."""
-        return "init" in self.output
+        return bool(SAMPLING & set(self.output))
 
 
 @dataclass(frozen=True)
@@ -454,6 +550,7 @@ def allowed(f: Any) -> str:
     if kind is str:
         return "text"
     number = "a whole number" if kind is int else "a number"
-    automatic = "" if f.metadata["automatic"] is None else f"{f.metadata['automatic']:g} or "
+    if f.metadata["word"]:
+        number = f"{f.metadata['word']} ({f.default:g}), or {number}"
     top = f"{high:g}" if high < 1e15 else "2^63 - 1"
-    return f"{automatic}{number} from {low:g} to {top}"
+    return f"{number} from {low:g} to {top}"

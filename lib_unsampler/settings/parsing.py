@@ -8,6 +8,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
+from .combinations import refusals
 from .fields import STOCHASTIC, TITLE, Preferences, Settings, allowed, surface_fields
 
 
@@ -22,6 +23,9 @@ class SettingsError(ValueError):
 def convert(f: Any, value: Any) -> Any:
     """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
     kind = type(f.default)
+    word = f.metadata["word"]
+    if word and isinstance(value, str) and value.strip().lower() == word:
+        return f.default
     if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
@@ -56,7 +60,9 @@ def read(f: Any, value: Any) -> Any:
     try:
         return convert(f, value)
     except (ValueError, TypeError, KeyError, OverflowError):
-        raise SettingsError([f"{f.name}: {value!r} is not {allowed(f)}"]) from None
+        cleared = value is None and type(f.default) in (int, float)
+        said = "empty (None)" if cleared else repr(value)
+        raise SettingsError([f"{f.name}: {said} is not {allowed(f)}"]) from None
 
 
 def _whole(value: Any) -> int:
@@ -106,40 +112,12 @@ def parse(values: Mapping[str, Any], surface: str) -> Settings:
         SettingsError: with one sentence per unknown key, bad value or contradiction, all at once.
     """
     good, errors = _read_all(values, {f.name: f for f in surface_fields(surface)})
-    if "init" in good.get("output", ()) and good.get("steps", 0) != 0:
-        errors.append(f"steps: {good['steps']} is not 0, which init needs (its levels are img2img's own)")
-    errors += _contradictions(good) + _check_replay(good, surface)
+    errors += refusals(Settings(**good)) + _check_replay(good, surface)
     if errors:
         raise SettingsError(errors)
     if good.get("mode") == "replay":
         good["noise"] = "independent"
     return Settings(**good)
-
-
-def _contradictions(read: Mapping[str, Any]) -> list[str]:
-    """What does not go with the mode: a mode's own fields in another, or noise where the model makes it."""
-    inverts = read.get("mode", Settings.mode) == "invert"
-    errors = []
-    if inverts and read.get("noise", "shared") != "shared":
-        errors.append(f"noise: {read['noise']!r} is not shared; with mode invert the model makes the noise")
-    if inverts and read.get("normalize", False):
-        errors.append("normalize: true does not go with mode invert, whose noise would no longer be the model's")
-    for name in ("panel", "report"):
-        if read.get(name, False) and not inverts:
-            errors.append(f"{name}: true needs mode invert")
-    if read.get("mode") == "replay" and read.get("noise") == "path":
-        errors.append("noise: 'path' is not independent, which every level of mode replay is")
-    if read.get("trajectory"):
-        if inverts:
-            errors.append("trajectory: a file's levels go with mode noise or replay, not with invert")
-        names = ["steps", "end_at_step", "step_increment", "normalize"]
-        for name in names if read.get("mode") == "replay" else [*names, "noise"]:
-            default = Settings.__dataclass_fields__[name].default
-            if read.get(name, default) != default:
-                errors.append(f"{name}: {read[name]!r} does not go with trajectory, whose levels are the file's")
-    if read.get("mode") != "replay" and read.get("skip", 0):
-        errors.append(f"skip: {read['skip']} needs mode replay")
-    return errors
 
 
 def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
@@ -150,30 +128,70 @@ def _check_replay(read: Mapping[str, Any], surface: str) -> list[str]:
     return [f"sampler: {sampler!r} adds no noise, which mode replay needs (one of {', '.join(STOCHASTIC)})"]
 
 
-def named(args: Sequence[Any], surface: str) -> dict[str, Any]:
-    """An always-on script's arguments by name, ``enabled`` among them; nothing is checked but their number.
+class Pasted(list[str]):
+    """The output of pasted parameters: the host then fills every argument in, also behind a dict, which goes before."""
+
+
+NO_VALUES: Mapping[str, Any] = MappingProxyType({})
+
+
+def named(args: Sequence[Any], surface: str, filled: Mapping[str, Sequence[Any]] = NO_VALUES) -> dict[str, Any]:
+    """An always-on script's arguments by name, ``enabled`` among them; of their values nothing is checked.
 
     ``args`` is either one dict of fields, optionally with ``enabled`` (default true: whoever
     names the script wants it), or positional: enabled, then the surface's fields in order.
+
+    Arguments:
+        filled: With what, beside a field's default, the host may have filled up what is missing behind a dict.
+
+    Raises:
+        SettingsError: naming what is too much.
     """
     args = list(args)
-    if args and isinstance(args[0], Mapping):
-        return {"enabled": True, **args[0]}
     names = ["enabled", *(f.name for f in surface_fields(surface))]
     if len(args) > len(names):
         raise SettingsError([f"args: {len(args)} values where at most {len(names)} are known"])
-    return {"enabled": False, **dict(zip(names, args))}
+    if not args or not isinstance(args[0], Mapping):
+        return {"enabled": False, **dict(zip(names, args))}
+    values = {"enabled": True, **args[0]}
+    if values["enabled"] is not False:
+        _check_behind_dict(args[1:], surface, filled)
+    return values
+
+
+def _check_behind_dict(rest: Sequence[Any], surface: str, filled: Mapping[str, Sequence[Any]]) -> None:
+    errors = []
+    if rest and isinstance(rest[0], Pasted):
+        return
+    for f, value in zip(surface_fields(surface), rest):
+        if not any(_means(f, value, other) for other in (f.default, *filled.get(f.name, ()))):
+            errors.append(f"{f.name}: {value!r} stands behind a dict, which holds every field; put it in there")
+    if errors:
+        raise SettingsError(errors)
+
+
+def _means(f: Any, value: Any, other: Any) -> bool:
+    """Whether a field reads two values as the same; what it cannot read, it does not."""
+    try:
+        return bool(convert(f, value) == convert(f, other))
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return False
 
 
 def parse_args(
-    args: Sequence[Any], surface: str, defaults: Mapping[str, Any] = MappingProxyType({})
+    args: Sequence[Any],
+    surface: str,
+    defaults: Mapping[str, Any] = NO_VALUES,
+    filled: Mapping[str, Sequence[Any]] = NO_VALUES,
 ) -> tuple[bool, Settings]:
     """``(enabled, settings)`` from an always-on script's arguments, as :func:`named` takes them.
 
     Arguments:
         defaults: Values of fields that are left out, where they are not the fields' own defaults.
+        filled: As in :func:`named`; the defaults are among it.
     """
-    values = {**defaults, **named(args, surface)}
+    beside = {name: (value, *filled.get(name, ())) for name, value in defaults.items()}
+    values = {**defaults, **named(args, surface, {**filled, **beside})}
     enabled = values.pop("enabled")
     if not isinstance(enabled, bool):
         raise SettingsError([f"enabled: {enabled!r} is not true or false"])

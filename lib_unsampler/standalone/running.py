@@ -198,8 +198,8 @@ def unsample_picture(
         recording = None
         if records:
             recording = record(source, plan, settings, mask, quiet)
-        if kept is not None:
-            _keep(kept, scene, plan, last, settings, targets.latents, recording)
+        if kept is not None and targets.latents is not None:
+            _keep(kept, scene, plan, settings, targets.latents, recording)
     if targets.resample and recording is not None:
         play_back(recording, 0, source, mask, settings, targets.resample, quiet)
     elif targets.resample:
@@ -219,7 +219,6 @@ def _keep(
     kept: trajectory.Kept,
     scene: Scene,
     plan: Levels,
-    last: Tensor,
     settings: Settings,
     path: Path,
     recording: replay.Recording | None,
@@ -232,7 +231,6 @@ def _keep(
         scene.source,
         scene.prediction,
         mask=scene.mask,
-        last=last,
         replay=recording,
         seeds=(settings.seed,),
         settings=asdict(settings),
@@ -266,7 +264,7 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool
     model = source_model(settings, saved.source, None)
     seen = {i: model(z, sigma.reshape(1)) for i, sigma, z in zip(indices, saved.sigmas, saved.z) if settings.panel}
     prediction = PREDICTION[settings.model]
-    scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=True)
+    scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=saved.blended)
     _write(zip(indices, saved.z), scene, indices, settings, targets, quiet)
     if targets.resample and saved.replay is not None:
         play_back(saved.replay, skip, saved.source, saved.mask, settings, targets.resample, quiet)
@@ -315,7 +313,7 @@ def _write(
         nonlocal last
         last = z
         if kept is not None:
-            kept.add(masked)
+            kept.add(z)
         return True
 
     with ExitStack() as stack:

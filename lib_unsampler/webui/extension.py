@@ -7,18 +7,23 @@ what fails later from ``p.save_samples``.
 
 from __future__ import annotations
 
+import traceback
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .. import __version__
 from ..core.trajectory import Trajectory
 from ..settings import (
     INFOTEXT_PREFIX,
+    SAMPLING,
     VERSION_KEY,
     Settings,
     SettingsError,
@@ -29,59 +34,92 @@ from ..settings import (
 )
 from ..settings.effects import clamped
 from . import refusals, shelf
-from .batch import BatchRun
+from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
-from .host.page import field_defaults, output_folder, preferences
-from .host.progress import add_jobs
-from .host.request import RefusedError, attribute, comment, selected_script
+from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
+from .host.progress import add_jobs, quiet
+from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
+from .onward import StrengthMap
 from .reply import Reply
+from .showing import Showing
 
 PATCHED = ("init", "sample", "save_samples")
 HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
 def attach(p: Any, args: Sequence[Any]) -> None:
-    """Prepares a request from the script's arguments; never raises, since the host would swallow it."""
+    """Prepares a request from the script's arguments; never raises, since the host would swallow it.
+
+    Another script's inner request is left alone: it wants img2img's own picture.
+    """
     detach(p)
+    if is_inner(p):
+        return
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
-        enabled, settings = parse_args(args, "host", field_defaults())
+        enabled, settings = parse_args(args, "host", field_defaults(), earlier_defaults())
         if enabled:
             Request(p, settings).attach()
     except SettingsError as error:
         _refuse(p, f"Batch Unsampler: {error}")
     except Exception as error:
+        detach(p)
         _refuse(p, f"Batch Unsampler: {type(error).__name__}: {error}")
 
 
-def finish(p: Any, processed: Any) -> None:
-    """Hands the request's results over and takes everything off it again."""
+def take(p: Any, picture: Image.Image) -> None:
+    """Is shown each picture that the host has finished."""
     request = vars(p).get("batch_unsampler")
-    detach(p)
     if request is not None:
-        request.hand_over(processed)
+        request.take(picture)
+
+
+def finish(p: Any, processed: Any) -> None:
+    """Hands the request's results over and takes everything off it again; off a copy, it does no more."""
+    request = vars(p).get("batch_unsampler")
+    try:
+        if request is not None and request.p is p:
+            request.hand_over(processed)
+    finally:
+        detach(p)
 
 
 def detach(p: Any) -> None:
-    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops)."""
+    """Takes every attribute of an earlier request off ``p`` (the host reuses it in loops, and scripts copy it)."""
     request = vars(p).pop("batch_unsampler", None)
     for name in PATCHED:
         _unpatch(p, name)
     if request is not None:
-        request.restore()
+        request.restore(p)
 
 
-def _patch(p: Any, name: str, function: Callable[..., Any]) -> None:
-    def patched(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+def _patch(p: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Hangs a function on ``p`` in the place of its method, which is returned.
 
+    A copy of ``p`` that is processed goes without. Nothing here keeps ``p`` alive: whatever becomes of the
+    request, it ends with its last user.
+    """
+    held, before = weakref.ref(p), vars(p).get(name)  # another script's own patch, if there is one
+
+    def processed() -> Any:
+        return next(iter(running()), held())
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        method = before or getattr(type(processed()), name).__get__(processed())
+        return method(*args, **kwargs)
+
+    def hung(*args: Any, **kwargs: Any) -> Any:
+        return (function if processed() is held() else own)(*args, **kwargs)
+
+    patched: Any = hung
     patched.batch_unsampler = True
-    patched.before = vars(p).get(name)  # another script's own patch, if there is one
+    patched.before = before
     setattr(p, name, patched)
+    return own
 
 
 def _unpatch(p: Any, name: str) -> None:
@@ -95,8 +133,10 @@ def _unpatch(p: Any, name: str) -> None:
 
 
 def _refuse(p: Any, message: str) -> None:
+    held = weakref.ref(p)
+
     def refuse(*_: Any, **__: Any) -> None:
-        detach(p)
+        detach(held())
         raise RefusedError(message)
 
     _patch(p, "init", refuse)
@@ -106,7 +146,7 @@ class Request:
     """One request over all its batches: what is hung on ``p``, what the batches made, what is handed over."""
 
     def __init__(self, p: Any, settings: Settings) -> None:
-        self.p = p
+        self._p = weakref.ref(p)
         self.settings = settings
         self.wanted = set(settings.output)
         self.error: Exception | None = None
@@ -116,83 +156,120 @@ class Request:
         self.preferences = preferences()
         self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
         self.saved: Trajectory | None = None
+        self.runs: list[BatchRun] = []
+        self.showings: list[Showing] = []
+        self.finals: list[Image.Image] = []
+
+    @property
+    def p(self) -> Any:
+        """The host's request, which holds this one."""
+        return self._p()
 
     def attach(self) -> None:
         """Puts this request's three wrappers on ``p``."""
         p = self.p
         p.batch_unsampler = self
-        self._init, self._sample, self._save_samples = p.init, p.sample, p.save_samples
         self._own_grid = p.do_not_save_grid
         p.do_not_save_grid = p.do_not_save_grid or not self.settings.samples
-        for name in PATCHED:
-            _patch(p, name, getattr(self, f"on_{name}"))
+        self._own_rounding = getattr(p, "mask_round", None)
+        if self.settings.maps:
+            p.mask_round = False
+        self._own = {name: _patch(p, name, getattr(self, f"on_{name}")) for name in PATCHED}
         p.extra_generation_params[VERSION_KEY] = __version__
         p.extra_generation_params.update(to_infotext(self.settings, "host"))
 
-    def restore(self) -> None:
-        """Gives ``p`` back what is no wrapper."""
-        self.p.do_not_save_grid = self._own_grid
+    def restore(self, p: Any) -> None:
+        """Gives ``p``, or a copy of it, back what is no wrapper; what is not finished is forgotten with ``p``."""
+        p.do_not_save_grid = self._own_grid
+        if self._own_rounding is not None:
+            p.mask_round = self._own_rounding
+        if p is self.p:
+            for showing in self.showings:
+                showing.close()
+            for run in self.runs:
+                run.close()
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
         _unpatch(self.p, "init")
+        try:
+            self._check()
+            return self._own["init"](*args, **kwargs)
+        except BaseException:
+            detach(self.p)
+            raise
+
+    def _check(self) -> None:
         name = self.p.sampler_name
         sampler = make_sampler(self.p)
         try:
             self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
         except ValueError as error:
-            detach(self.p)
             raise RefusedError(f"Batch Unsampler: {error}") from None
-        for line in self._without_effect():
+        for line in self._without_effect(sampler):
             comment(self.p, line)
         if not has_sigmas(sampler):
             comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
             self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
-        if self.script is not None and self.wanted - {"init", "latents"}:
+        if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
             comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
-        return self._init(*args, **kwargs)
 
-    def _without_effect(self) -> list[str]:
+    def _without_effect(self, sampler: Any) -> list[str]:
         """What was asked for and changes nothing, or less than it says."""
         defaults = field_defaults()
         values = {f.name: (getattr(self.settings, f.name), f.default) for f in surface_fields("host")}
         given = {name for name, (value, own) in values.items() if value not in (own, defaults.get(name, own))}
-        steps = refusals.asked_steps(self.p, self.settings)[0]
+        steps = refusals.asked_steps(self.p, self.settings, sampler)[0]
         beyond = [] if self.settings.trajectory else clamped(self.settings, steps)
         return [*remarks(self.settings, given, self.settings.output), *beyond]
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
         p = self.p
-        own = p.sampler.sample_img2img
-        run = BatchRun(p, self.settings, self.saved, self.reply, self._save_samples)
-        if p.iteration == 0:
-            jobs = (self.settings.mode != "noise") + (self.settings.samples and bool(self.wanted - {"init"}))
-            add_jobs(jobs * p.n_iter)
-
-        def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
-            return self._start(run, Batch(own, *args, **kwargs))
-
+        sampling = p.sampler.sample_img2img
+        self._complete()  # of a batch whose own pictures did not come
         try:
-            with attribute(p.sampler, "sample_img2img", sample_img2img):
-                samples = self._sample(*args, **kwargs)
+            with ExitStack() as guided:
+                run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
+                self.runs.append(run)
+                if p.iteration == 0:
+                    add_jobs(extra_jobs(self.settings, self.saved is not None) * p.n_iter)
+
+                def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
+                    return self._start(run, Batch(sampling, *args, **kwargs))
+
+                with attribute(p.sampler, "sample_img2img", sample_img2img):
+                    samples = self._own["sample"](*args, **kwargs)
+                self._make(run)
         except BaseException:
             detach(p)
             raise
-        self._make(run)
+        finally:
+            quiet()
         if self.settings.samples and self.error is None:
             return samples
         shape = (3, p.height, p.width)
         return Decoded(torch.zeros(shape) for _ in p.prompts)
+
+    def _strengths(self, guided: ExitStack) -> StrengthMap | None:
+        """The mask as a map of strengths; while it guides, the host inpaints nothing and begins at its largest."""
+        p = self.p
+        if not self.settings.maps:
+            return None
+        found = StrengthMap(p.nmask * p.denoising_strength)
+        for name, value in (("mask", None), ("nmask", None), ("denoising_strength", found.largest)):
+            guided.enter_context(attribute(p, name, value))
+        p.overlay_images = None
+        return found
 
     def _start(self, run: BatchRun, batch: Batch) -> Tensor:
         """The host swallows nothing here, but must clean up after its sampling: what fails is raised later."""
         try:
             return run.start(batch)
         except ValueError as error:
-            self.error = RefusedError(f"Batch Unsampler: {error}")
+            self._keep(RefusedError(f"Batch Unsampler: {error}"))
         except Exception as error:
-            self.error = error
+            self._keep(error)
         return batch.x
 
     def _make(self, run: BatchRun) -> None:
@@ -206,17 +283,50 @@ class Request:
                 )
             if run.inverted is not None:
                 self.inversions.append(run.inverted.told())
-            run.make()
+            self.showings.append(Showing(run, self.reply, self._own["save_samples"]))
+            self.showings[-1].make()
         except Exception as error:
-            self.error = error
+            self._keep(error)
+
+    def _keep(self, error: Exception) -> None:
+        """Keeps what failed until it can be raised, with the files that are there: as words, the rest goes to the log.
+
+        A traceback holds all that its calls held, this request among it.
+        """
+        if not isinstance(error, RefusedError):
+            traceback.print_exception(type(error), error, error.__traceback__)
+        files = self.reply.told_files()
+        self.error = with_more(error, f"saved before that: {files}") if files else error
+        self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
+
+    def _taken(self) -> Exception:
+        error, self.error = self.error, None
+        return error or RuntimeError("nothing failed")
+
+    def take(self, picture: Image.Image) -> None:
+        """One of the host's own finished pictures: a film ends with it."""
+        if self.settings.film == "noising" and "strength sweep" not in self.wanted:
+            return
+        self.finals.append(picture.copy())
+        if len(self.finals) == len(self.p.prompts):
+            self._complete()
+
+    def _complete(self) -> None:
+        """Finishes what waited for the host's own pictures. The host swallows errors here, so they are said."""
+        finals, self.finals = self.finals, []
+        for showing in self.showings:
+            try:
+                showing.complete(finals)
+            except Exception as error:
+                comment(self.p, f"film or sweep: not whole: {type(error).__name__}: {error}")
+        self.showings.clear()
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
         if self.error is not None:
-            error = self.error
             detach(self.p)
-            raise error
-        return self._save_samples(*args, **kwargs) and self.settings.samples
+            raise self._taken()
+        return self._own["save_samples"](*args, **kwargs) and self.settings.samples
 
     def hand_over(self, processed: Any) -> None:
         """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
@@ -224,12 +334,13 @@ class Request:
         Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z
         plot, loopback, SD upscale, ...) counts on one picture for each image, so under it there are only those.
         """
+        self._complete()
         items = self.reply.every()
         if self.script is not None or not items:
             items = [] if self.settings.samples else self.reply.stand_ins
         put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
         settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
-        folder = output_folder()
+        folder, films = output_folder(), animation_folder()
         processed.extra_generation_params = {
             **processed.extra_generation_params,
             INFOTEXT_PREFIX + "settings": settings,
@@ -237,6 +348,8 @@ class Request:
             INFOTEXT_PREFIX + "images": [item.note for item in items],
             INFOTEXT_PREFIX + "latents": self.reply.latents,
             INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
+            **({INFOTEXT_PREFIX + "comfyui": self.reply.comfyui} if self.reply.comfyui else {}),
+            INFOTEXT_PREFIX + "animations names": [shelf.name_of(films, file) for file in self.reply.animations],
             **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
             **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
         }

@@ -5,17 +5,19 @@ Nothing is held but thumbnails and what is being encoded or saved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import trajectory
+from ..core import comfy, trajectory
 from ..core.replay import Recording
-from ..core.trajectory import Trajectory
+from ..core.trajectory import Kept, Trajectory
 from ..pictures import render, roundtrip
 from ..pictures.background import Background
 from ..pictures.progression import Frame
@@ -23,6 +25,7 @@ from ..pictures.reel import Reel, evenly
 from ..pictures.roundtrip import RoundTrip
 from ..settings import Settings
 from .driven import Plan
+from .host.codec import latent_scale
 from .host.request import comment
 from .host.saving import temporary_file
 from .host.schedule import timestep
@@ -35,7 +38,9 @@ ENDINGS = {"gif": ".gif", "webp": ".webp", "apng": ".png", "mp4": ".mp4"}
 class Filing:
     """Takes one batch's levels with their pictures, least noisy first; a context manager that forgets the rest."""
 
-    def __init__(self, p: Any, settings: Settings, plan: Plan, reply: Reply, save: bool) -> None:
+    def __init__(
+        self, p: Any, settings: Settings, plan: Plan, reply: Reply, save: bool, sigmas: Sequence[float]
+    ) -> None:
         """Begins the files of a batch.
 
         Arguments:
@@ -44,6 +49,7 @@ class Filing:
             plan: The levels.
             reply: Where the results go.
             save: Whether the host saves this batch's images.
+            sigmas: The noise level of every frame that may come.
 
         Raises:
             ValueError: if the animation's format cannot be had or cannot hold it.
@@ -51,8 +57,8 @@ class Filing:
         """
         self._p, self._settings, self._plan, self._reply, self._save = p, settings, plan, reply, save
         self._wanted = set(settings.output)
-        self._sigmas = [0.0] * settings.include_clean + plan.levels.sigmas.tolist()
-        self._count = 0
+        self._sigmas = list(sigmas)
+        self.count = 0
         self._last: list[Image.Image] = []
         self._entry: dict[str, Any] = {}
         self._indices: list[int] = []
@@ -76,9 +82,9 @@ class Filing:
             reel = Reel(self._settings, self._sigmas, text, encoders, path, "contact sheet" in self._wanted)
             self._reels.append(self._stack.enter_context(reel))
         self._kept = None
-        if "latents" in self._wanted:
+        if self._wanted & {"latents", "comfyui"}:
             self._latents = self._temporary(".safetensors")
-            self._kept = self._stack.enter_context(trajectory.Kept(self._latents))
+            self._kept = self._stack.enter_context(Kept(self._latents))
 
     def _temporary(self, ending: str) -> Path:
         file = temporary_file(ending)
@@ -91,29 +97,30 @@ class Filing:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def level(self, index: int, masked: Tensor) -> None:
-        """Takes the next noisier level, of schedule index ``index``."""
+    def level(self, index: int, z: Tensor) -> None:
+        """Takes the next noisier level, of schedule index ``index``, unmasked."""
         self._indices.append(index)
         if self._kept is not None:
-            self._kept.add(masked)
+            self._kept.add(z)
 
-    def frame(self, frame: Frame) -> None:
-        """Takes the pictures of one level, one for each image."""
-        self._entry, self._last = {"kind": "frame", "step": frame.index, "sigma": frame.sigma}, frame.pictures
+    def frame(self, frame: Frame, part: str = "") -> None:
+        """Takes the pictures of one level, one for each image; ``part`` says what they are part of."""
+        self._last = frame.pictures
+        self._entry = {"kind": "frame", "step": frame.index, "sigma": frame.sigma, **({"part": part} if part else {})}
         step = None
         if self._settings.captions and frame.index is not None:
             step = timestep(self._p, self._plan.levels.schedule[frame.index])
         for image, (reel, picture) in enumerate(zip(self._reels, frame.pictures)):
-            seen = reel.add(picture, frame.index, step)
+            seen = reel.add(picture, frame.index, step, part)
             if "frames" in self._wanted:
-                suffix = f"-z{self._count:03d}"
+                suffix = f"-z{self.count:03d}"
                 self._naming.frame(seen, image, self._entry, suffix, self._save, self._is_shown())
-        self._count += 1
+        self.count += 1
 
     def _is_shown(self) -> bool:
         """Whether the present level's frames are among those that the reply has room for."""
         levels = max(1, self._reply.limit // (len(self._reels) * self._p.n_iter))
-        return self._reply.limit > 0 and evenly(self._count, len(self._sigmas), levels)
+        return self._reply.limit > 0 and evenly(self.count, len(self._sigmas), levels)
 
     def abandon(self) -> None:
         """Takes everything back."""
@@ -121,7 +128,7 @@ class Filing:
         self._naming.abandon()
 
     def finish(
-        self, save: bool, source: Tensor, mask: Tensor | None, last: Tensor, recording: Recording | None
+        self, save: bool, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
     ) -> None:
         """Writes what is only known at the end.
 
@@ -129,7 +136,7 @@ class Filing:
             save: Whether the host still saves this batch's images: it may not, once it was interrupted.
             source: Clean latents with shape (B, C, [T,] H, W).
             mask: Weights that broadcast against them, or None.
-            last: The noisiest level, unmasked.
+            handoff: Where sampling began, if not at the noisiest level.
             recording: The noises of a replay, if it was one.
         """
         self._reply.sigmas = [float(self._plan.levels.schedule[index]) for index in self._indices]
@@ -137,8 +144,8 @@ class Filing:
         if self._save and not save:
             self._naming.unsave()
         for image, reel in enumerate(self._reels):
-            sheet = reel.finish() if self._count else None
-            if self._moving and self._count:
+            sheet = reel.finish() if self.count else None
+            if self._moving and self.count:
                 self._naming.animation(self._moving[image], self._last[image], image, self._settings.format, save)
             if sheet is not None:
                 self._naming.picture("contact sheet", sheet, image, "-unsampling-sheet", save)
@@ -148,10 +155,19 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            trajectory.save(self._trajectory(source, mask, last, recording), self._latents, self._kept)
-            size = (8 * source.shape[-1], 8 * source.shape[-2])
-            self._naming.latents(self._latents, self._last[0] if self._last else Image.new("RGB", size))
+            self._file_latents(self._kept, self._trajectory(self._kept, source, mask, handoff, recording))
         self._say_what_is_missing(save)
+
+    def _file_latents(self, kept: Kept, made: Trajectory) -> None:
+        """The latents as our own file, and as ComfyUI's."""
+        named = self._last[0] if self._last else Image.new("RGB", (self._p.width, self._p.height))
+        if "comfyui" in self._wanted:
+            file, form = self._temporary(comfy.ENDING), comfy.form_of(*latent_scale(self._p.sd_model))
+            comfy.save_latent(replace(made, z=torch.stack(list(kept.tensors()))), form, file)
+            self._reply.comfyui.append(self._naming.latents(file, named))
+        if "latents" in self._wanted:
+            trajectory.save(made, self._latents, kept)
+            self._reply.latents.append(self._naming.latents(self._latents, named))
 
     def report(self, image: int, trip: RoundTrip, save: bool) -> None:
         """Files how near one image came when it was sampled back."""
@@ -160,24 +176,31 @@ class Filing:
         number = self._p.iteration * self._p.batch_size + image
         comment(self._p, f"round trip of image {number}: {'; '.join(trip.lines())}")
 
-    def _trajectory(self, source: Tensor, mask: Tensor | None, last: Tensor, recording: Recording | None) -> Trajectory:
+    def _trajectory(
+        self, kept: Kept, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
+    ) -> Trajectory:
         p, plan = self._p, self._plan
         return trajectory.of_walk(
             plan.levels.schedule,
             self._indices,
-            self._kept.outline,
+            kept.outline,
             source,
             plan.prediction,
             mask=mask,
-            last=last,
+            handoff=handoff,
             replay=recording if self._indices[-1] == plan.start else None,  # not of what was interrupted
             seeds=tuple(int(seed) for seed in p.seeds),
             settings=asdict(self._settings),
-            info={"model": str(p.sd_model_name), "sampler": str(p.sampler_name), "scheduler": str(p.scheduler)},
+            info={
+                "model": str(p.sd_model_name),
+                "sampler": str(p.sampler_name),
+                "scheduler": str(p.scheduler),
+                "latent format": comfy.form_of(*latent_scale(p.sd_model)),
+            },
         )
 
     def _say_what_is_missing(self, save: bool) -> None:
-        made = self._count * len(self._reels) if "frames" in self._wanted else 0
+        made = self.count * len(self._reels) if "frames" in self._wanted else 0
         shown = self._naming.count("frame")
         if shown < made and self._reply.limit:
             others = "all are saved" if save else "the others are not kept, since this request saves nothing"

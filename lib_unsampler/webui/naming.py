@@ -11,12 +11,15 @@ from PIL import Image
 
 from ..settings import INFOTEXT_PREFIX
 from .host.page import preferences
-from .host.request import comment
+from .host.request import attribute, comment
 from .host.saving import infotext, kept_file, moving_item, save_file, save_picture, saved_item
 from .reply import Item, Reply
 
 Submit = Callable[..., None]
 """A background's ``submit(size, then, work, *arguments)``."""
+
+
+SUFFIXES = {"animation": "-unsampling", "sweep animation": "-sweep"}
 
 
 class Naming:
@@ -40,6 +43,7 @@ class Naming:
 
         def saved(files: tuple[Path, ...]) -> None:
             self._files += files
+            self._reply.files += files
             if shown:
                 self._put("frame", Item(saved_item(files[0], text), text, note))
 
@@ -49,6 +53,19 @@ class Naming:
             self._submit(size, saved, save_picture, self._p, own, image, text, suffix)
         elif shown:
             self._put("frame", Item(picture, text, note))
+
+    def swept(self, picture: Image.Image, image: int, entry: Mapping[str, Any], suffix: str, save: bool) -> None:
+        """A picture sampled from a level: its parameters are plain img2img's at the strength that starts there."""
+        ours = [key for key in self._p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]
+        plain = {key: value for key, value in self._p.extra_generation_params.items() if key not in ours}
+        with attribute(self._p, "extra_generation_params", {**plain, "Denoising strength": entry["strength"]}):
+            text = infotext(self._p, image, {})
+        picture.info["parameters"] = text
+        if save:
+            files = save_picture(self._p, picture, image, text, suffix)
+            self._reply.files += files
+            picture = saved_item(files[0], text)
+        self._put("sweep", Item(picture, text, {"image": self._number(image), **entry}))
 
     def picture(
         self,
@@ -63,24 +80,31 @@ class Naming:
         text = self.texts[image]
         picture.info["parameters"] = text
         if save:
-            picture = saved_item(save_picture(self._p, picture, image, text, suffix)[0], text)
+            files = save_picture(self._p, picture, image, text, suffix)
+            self._reply.files += files
+            picture = saved_item(files[0], text)
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
-    def animation(self, file: Path, poster: Image.Image, image: int, form: str, save: bool) -> None:
+    def animation(
+        self, file: Path, poster: Image.Image, image: int, form: str, save: bool, kind: str = "animation"
+    ) -> None:
         """A finished animation in a temporary file; ``poster`` is its last frame, ``form`` its format."""
         text = self.texts[image]
         if save:
-            file = save_file(self._p, file, poster, image, text, "-unsampling", preferences().animation_folder)
+            file = save_file(self._p, file, poster, image, text, SUFFIXES[kind], preferences().animation_folder)
+            self._reply.files.append(file)
+            self._reply.animations.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
-        note = {"kind": "animation", "image": self._number(image), "format": form}
-        self._put("animation", Item(moving_item(self._p, file, save, poster, text), text, note))
+        note = {"kind": kind, "image": self._number(image), "format": form}
+        self._put(kind, Item(moving_item(self._p, file, save, poster, text), text, note))
 
-    def latents(self, file: Path, named: Image.Image) -> None:
-        """A finished latents file; asked for by name, so it is kept also where samples are not saved."""
+    def latents(self, file: Path, named: Image.Image) -> str:
+        """A finished latents file, by its path; asked for by name, so it is kept also where samples are not saved."""
         path = save_file(self._p, file, named, 0, self.texts[0], "-unsampling").absolute()
-        self._reply.latents.append(str(path))
+        self._reply.files.append(path)
         comment(self._p, f"latents saved: {path}")
+        return str(path)
 
     def stand_in(self, pictures: Sequence[Image.Image], entry: Mapping[str, Any]) -> None:
         """The noisiest frame of each image."""
@@ -109,6 +133,7 @@ class Naming:
     def _unlink(self) -> None:
         for file in self._files:
             file.unlink(missing_ok=True)
+        self._reply.files = [file for file in self._reply.files if file not in self._files]
 
     def _put(self, kind: str, item: Item) -> None:
         if kind != "frame" or len(self._reply.items[kind]) < self._reply.limit:

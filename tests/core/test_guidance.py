@@ -168,7 +168,7 @@ def test_churn_is_refused(scene: Any) -> None:
 def test_a_sampler_that_shows_its_model_a_copy_is_refused(scene: Any) -> None:
     source, _, sigmas, model = scene
 
-    def sample_copying(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, disable: Any = None) -> Tensor:
+    def sample_copying(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, **_: Any) -> Tensor:
         for i in range(len(sigmas) - 1):
             denoised = model(x.clone(), sigmas[i].expand(len(x)))
             callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
@@ -190,7 +190,7 @@ def test_places_of_a_map_are_exactly_theirs() -> None:
 def test_what_a_sampler_sets_on_its_model_reaches_the_model(scene: Any) -> None:
     source, _, sigmas, model = scene
 
-    def sample_setting(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, disable: Any = None) -> Tensor:
+    def sample_setting(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, **_: Any) -> Tensor:
         model.wanted = True
         for i in range(len(sigmas) - 1):
             denoised = model(x, sigmas[i].expand(len(x)))

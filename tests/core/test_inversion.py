@@ -357,3 +357,25 @@ def test_photographs_come_back_through_a_trained_network(sampler: str, most: flo
     assert all(level.converged.all() for level in walked)
     assert calls_of(walked).mean() <= most
     assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) >= 70
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_2m"])
+def test_a_schedule_that_ends_above_zero_comes_back(sampler: str) -> None:
+    """KL Optimal's: the source is the state at the last sigma, where the sampler stops."""
+    model = make_model("gaussian", "sea", *SIZE)
+    sigmas = kd.get_sigmas_karras(13, 0.0292, 14.6146)[:-1]
+    source = model.mean.expand(2, -1, -1, -1).float() + 0.2 * torch.randn(2, 3, *SIZE, generator=torch.manual_seed(3))
+    walked = inverted(plain(model), source, levels(sigmas, whole=True), "exact", sampler)
+    assert len(walked) == 12 and not unconverged(walked)
+    back = function(sampler)(model, walked[-1].z.double(), sigmas.double(), disable=True)
+    assert rms(back - source).max() < 1e-5
+
+
+def test_reverse_ends_its_way_where_the_schedule_does() -> None:
+    """Its first step is Euler's from the end, with D one level up: the shorter, the nearer to nothing."""
+    model, source = anchor_mixture(), torch.linspace(-1, 1, 16).reshape(1, 16)
+    for end in (0.0, 0.5, 0.9):
+        sigmas = torch.tensor([2.0, 1.0, end])
+        first = inverted(plain(model), source, levels(sigmas, whole=True), "reverse", "euler")[0]
+        wanted = source + (1 - end) * (source - model(source.double(), torch.ones(1).double()).float())
+        torch.testing.assert_close(first.z, wanted, rtol=1e-5, atol=1e-5)

@@ -346,7 +346,7 @@ def test_the_script_documents_itself() -> None:
     assert (enabled["label"], enabled["value"]) == ("Batch Unsampler", False)
     assert len(args) == len(surface_fields("host"))
     for f, arg in zip(surface_fields("host"), args):
-        assert arg["label"] == f.metadata["label"]
+        assert arg["label"] == f"{f.metadata['label']}: {f.metadata['help']}"
         assert arg["value"] == (list(f.default) if isinstance(f.default, tuple) else f.default)
         assert (arg["minimum"], arg["maximum"]) == (f.metadata["minimum"], f.metadata["maximum"])
         assert (choices(arg) or None) == f.metadata["choices"]

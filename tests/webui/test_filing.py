@@ -211,7 +211,7 @@ def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) ->
 def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib_unsampler.webui import batch
+    from lib_unsampler.webui import showing
 
     plain = host.run({"output": ["frames"]}, batch_size=2)[1]
     decode, asked, freed = host.processing.decode_latent_batch, [], []
@@ -223,8 +223,8 @@ def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
         return decode(model, batch, **more)
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", limited)
-    monkeypatch.setattr(batch, "decodable", lambda latents: 8)
-    monkeypatch.setattr(batch, "free_memory", lambda: freed.append(True))
+    monkeypatch.setattr(showing, "decodable", lambda latents: 8)
+    monkeypatch.setattr(showing, "free_memory", lambda: freed.append(True))
     chunked = host.run({"output": ["frames"]}, batch_size=2)[1]
     assert pixels(chunked) == pixels(plain) and asked == [16, 8, 4, 4, 4, 4, 2] and len(freed) == 2
 
