@@ -554,8 +554,10 @@ def widened(narrow: Mapping[str, Tensor], wide: nn.Module) -> dict[str, Tensor]:
     sqrt(k) smaller. The sinusoids of the timestep are not copied: every k-th of the wide network's is the narrow's.
     A residual block too many adds 0.
     """
-    found = {}
-    for name, target in wide.state_dict().items():
+    found, targets = {}, wide.state_dict()
+    if alone := [name for name in narrow.keys() ^ targets.keys() if name not in targets or "shortcut" in name]:
+        raise ValueError(f"Not the same networks at another width: {sorted(alone)}")
+    for name, target in targets.items():
         if name not in narrow:
             found[name] = torch.full(target.shape, float("norm" in name and name.endswith("weight"))).half()
             continue

@@ -59,6 +59,8 @@ UNPROMPTED = 0.12
 MIXED = 0.4
 """The share of the others that begin at another picture, as img2img under another prompt does."""
 CANDIDATES = 16
+KEPT_EVERY = 10
+"""Steps between two takings of the running mean."""
 PART_BYTES = 15 * 2**20
 SIDES = {128: 1.0, 256: 0.25}
 """The sides of the pictures trained on, and how many of each there are beside the first."""
@@ -157,7 +159,7 @@ def fit(network: Module, losses: tuple[Callable[[], Tensor], ...], seconds: floa
     while (passed := (time.monotonic() - began) / seconds) < 1:
         speed.fill_(rate * min(1, (done + 1) / 300) * (0.5 + 0.5 * math.cos(math.pi * passed)))
         loss, done = steps[done % 4 == 3](), done + 1
-        if done % 10 == 0:
+        if done % KEPT_EVERY == 0:
             share = 1 - min(0.99, done / (done + 100))
             with torch.no_grad():
                 torch._foreach_lerp_(list(kept.parameters()), list(network.parameters()), share)
