@@ -121,7 +121,7 @@ def signed(pixels: Tensor) -> Tensor:
 
 
 def repeated(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A training step as one CUDA graph: these networks are so small that launching their kernels is what takes time."""
+    """A training step as one CUDA graph: in networks this small, launching kernels is what takes the time."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -223,7 +223,7 @@ def normalise(network: Autoencoder, bank: Tensor) -> None:
 
 
 def train_denoiser(banks: list[Tensor], table: Tensor, batch: int, seconds: float) -> Denoiser:
-    """A denoiser of latents (N, 4, h, w) of deviation 1, in the order of ``crops``; ``table`` has ``PROMPTS``' contexts.
+    """A denoiser of latents (N, 4, h, w) of deviation 1, in the order of ``crops``; ``table``: the prompts' contexts.
 
     Ho et al.'s mean squared error of the noise, at real timesteps. A ``MIXED`` example lies on the straight way that
     Euler's steps should take from *another* picture's latent y at an img2img start level s, y + s n, to the nearest x

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...settings import Pasted, form, pasted, surface_fields
+from ...settings import Pasted, form, help_on, pasted, surface_fields
 from .channel import Answerer, channel, tells_script
 from .controls import ELEM_ID, control, file_chooser, preference_components
 from .page import stage
@@ -71,7 +71,7 @@ def _rows(rows: Sequence[Sequence[str]], by_name: Mapping[str, Any], defaults: M
 def documented(info: Any) -> Any:
     """What the host publishes of our arguments (``/sdapi/v1/script-info``), with each one's help."""
     for arg, f in zip(info.args[1:], surface_fields("host")):
-        arg.label = f"{f.metadata['label']}: {f.metadata['help']}"
+        arg.label = f"{f.metadata['label']}: {help_on(f, 'host')}"
     return info
 
 
