@@ -1,0 +1,110 @@
+"""Guide, map, strength sweep, film and the rest of what goes on, in a running WebUI (see test_live.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_live import (  # noqa: F401 (plain is a fixture)
+    URL,
+    apart,
+    as_base64,
+    ask,
+    frames_of,
+    img2img,
+    kinds,
+    notes,
+    opened,
+    pixels,
+    plain,
+)
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+CHOOSE_THEIR_STEPS = ("DPM fast", "DPM adaptive", "Restart")
+SIZE = (128, 128)
+
+
+def stepping() -> list[str]:
+    return [s["name"] for s in ask("/sdapi/v1/samplers")] if URL else []
+
+
+def refused_as(reply: dict[str, Any]) -> str:
+    assert reply.get("status") == 422, reply.get("status")
+    return str(reply["detail"])
+
+
+@pytest.mark.parametrize("name", stepping())
+def test_guide_of_strength_zero_is_plain_and_another_is_not(name: str) -> None:
+    fields = {"sampler_name": name, "steps": 20 if name == "Restart" else 5}  # below 20 steps it does not restart
+    reply = img2img({"output": ["guide"], "guide_strength": 0}, **fields)
+    if reply.get("status") == 422:
+        assert name in refused_as(reply)
+        return
+    own = pixels(img2img(**fields))
+    assert pixels(reply) == own
+    guided = img2img({"output": ["guide"]}, **fields)
+    if name in CHOOSE_THEIR_STEPS:
+        assert name in refused_as(guided)
+    else:
+        assert pixels(guided) != own
+
+
+@pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE", "LCM", "Heun"])
+def test_each_picture_of_a_sweep_is_plain_img2img_at_its_strength(name: str) -> None:
+    reply = img2img({"output": ["strength sweep"], "step_increment": 2}, sampler_name=name)
+    swept = [(i, n) for i, n in enumerate(notes(reply)) if n["kind"] == "sweep"]
+    assert swept
+    for place, note in swept:
+        own = pixels(img2img(sampler_name=name, denoising_strength=note["strength"]))
+        assert pixels({"images": [reply["images"][place]]}) == own, note
+        assert f"Denoising strength: {note['strength']:g}" in reply["infotexts"][place]
+        assert "Unsampler" not in reply["infotexts"][place]
+    assert len(frames_of(opened(reply["images"][0]))) == len(swept) + 1
+
+
+@pytest.mark.parametrize("name", ["Euler", "Heun", "DPM++ 2M SDE"])
+def test_a_film_leaves_the_picture_and_ends_with_it(name: str) -> None:
+    reply = img2img({"output": ["init", "frames", "animation"], "film": "both"}, sampler_name=name)
+    parts = [note.get("part", "noising") for note in notes(reply)]
+    frames = kinds(reply).count("frame")
+    own = pixels(img2img(sampler_name=name))
+    assert pixels({"images": reply["images"][-1:]}) == own
+    assert parts.count("result") == 1 and parts.count("sampling") >= 3
+    result = reply["images"][parts.index("result")]
+    assert opened(result).convert("RGB").tobytes() == own[0]
+    assert len(frames_of(opened(reply["images"][0]))) == frames
+
+
+@pytest.mark.parametrize("name", ["Euler", "Euler a", "DPM++ 2M", "DPM++ 2M SDE"])
+def test_a_one_valued_map_is_img2img_at_that_strength(name: str) -> None:
+    """Both encode the picture with a random draw of their own, so they may be a step apart."""
+    grey = as_base64(Image.new("L", SIZE, 128))
+    fields = {"sampler_name": name, "inpainting_fill": 1}
+    reply = img2img({"output": ["guide"], "guide_weight": "map"}, mask=grey, denoising_strength=0.8, **fields)
+    own = img2img(mask=None, denoising_strength=0.8 * 128 / 255, **fields)
+    assert apart(pixels(reply)[0], pixels(own)[0]) <= 2
+
+
+def test_a_black_map_is_the_source_and_what_does_not_go_with_a_map_is_refused() -> None:
+    black = as_base64(Image.new("L", SIZE, 0))
+    mapped = {"output": ["guide"], "guide_weight": "map"}
+    reply = img2img(mapped, mask=black, inpainting_fill=1)
+    source = img2img(mask=None, inpainting_fill=1, denoising_strength=0.0)
+    assert apart(pixels(reply)[0], pixels(source)[0]) <= 60  # strength 0 still takes one small step
+    assert "masked content" in refused_as(img2img(mapped, mask=black, inpainting_fill=2))
+    assert "only masked" in refused_as(img2img(mapped, mask=black, inpainting_fill=1, inpaint_full_res=True))
+    assert "inpaint mask" in refused_as(img2img(mapped, mask=None))
+
+
+def test_end_at_sigma_and_the_comfyui_file() -> None:
+    reply = img2img({"output": ["latents", "comfyui"], "end_at_sigma": 2.0})
+    assert max(reply["params"]["Unsampler sigmas"]) <= 2.0
+    assert reply["params"]["Unsampler comfyui"][0].endswith(".latent")
+
+
+def test_nothing_is_left_behind(plain: list[bytes]) -> None:  # noqa: F811
+    assert pixels(img2img()) == plain
