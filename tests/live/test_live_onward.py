@@ -50,7 +50,7 @@ def test_guide_of_strength_zero_is_plain_and_another_is_not(name: str) -> None:
     assert pixels(reply) == own
     guided = img2img({"output": ["guide"]}, **fields)
     if name in CHOOSE_THEIR_STEPS:
-        assert name in refused_as(guided)
+        assert name.lower().replace(" ", "_") in refused_as(guided).lower().replace(" ", "_")
     else:
         assert pixels(guided) != own
 
