@@ -40,9 +40,10 @@ def every_level(saved: Trajectory, kept: Sequence[int], like: Tensor) -> Callabl
     noise = implied_noise(saved.z[-1].float(), saved.source.float(), sigma, saved.prediction)
 
     def level(index: int) -> Tensor:
-        if index in held:
-            return held[index].to(like).expand_as(like)
-        made = add_noise(saved.source.float(), noise, saved.schedule[index].cpu().float(), saved.prediction)
-        return made.to(like).expand_as(like)
+        made = held.get(index)
+        if made is None:
+            made = add_noise(saved.source.float(), noise, saved.schedule[index].cpu().float(), saved.prediction)
+        made = made.to(like)
+        return made.expand_as(like)
 
     return level
