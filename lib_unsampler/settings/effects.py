@@ -50,7 +50,7 @@ def _why(f: Any, settings: Settings, outputs: set[str], walked: bool, called: Ma
     if uses and not modes and not by_output:
         return without
     if name.startswith("guide_") and "resample" in outputs and not settings.guide and "guide" not in outputs:
-        return f"without {called.get('guide', 'guide')}"
+        return "without guide"
     if name in ("film", "film_view") and not outputs & set(SHOWN):
         return _without(SHOWN, called)
     if name == "film_view" and settings.film == "noising":

@@ -235,7 +235,7 @@ class Settings:
         "Captions",
         "Write step, sigma, timestep (where the model has them) and noise kind on every frame of the pictures "
         "and the animation.",
-        outputs=("frames", "animation"),
+        outputs=("frames", "animation", "strength sweep"),
     )
     format: str = option(
         "gif",

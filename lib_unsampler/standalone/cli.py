@@ -15,6 +15,7 @@ from .. import __version__, files
 from ..settings import Settings, SettingsError, allowed, cli_help, parse, remarks, surface_fields
 from ..settings.combinations import sweep_refusals
 from ..settings.effects import clamped
+from ..settings.fields import MOVING
 from . import folders
 from .folders import TARGETS, Paths, Place, flag
 from .stopping import Stopped, Stops, say_stopped, streams
@@ -26,7 +27,12 @@ RESUMABLE |= {"guide", "guide_strength", "guide_alpha", "guide_from", "guide_unt
 RESUMABLE |= SHOWN_AS_SAVED
 """Fields that may differ from the trajectory that is resumed; the others are what it is."""
 
-OUTPUTS = {"sheet": "contact sheet", "curve": "sigma curve", "sweep": "strength sweep"}
+OUTPUTS = {
+    "sheet": "contact sheet",
+    "curve": "sigma curve",
+    "sweep": "strength sweep",
+    "sweep_pictures": "strength sweep",
+}
 """The settings' names of targets that have another."""
 
 LATENT_FORMATS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}
@@ -222,10 +228,13 @@ class Job:
     def without_effect(self, settings: Settings, given: set[str], walked: bool) -> list[str]:
         """What was given and changes nothing."""
         outputs = [OUTPUTS.get(target, target) for target in self.places]
-        if "strength sweep" in outputs or "sweep_pictures" in outputs:
+        if "strength sweep" in outputs:
             outputs.append("resample")  # what a resampling uses, every one of a sweep's does
         called = {OUTPUTS.get(target, target): flag(target) for target in TARGETS}
-        said = remarks(settings, given, outputs, walked=walked, called={**called, "guide": "--guide"})
+        said = remarks(settings, given, outputs, walked=walked, called=called)
+        if "sweep_pictures" in self.places:  # stills: what is for animations alone changes nothing
+            moving = {f.name for f in surface_fields("cli") if f.metadata["outputs"] == MOVING}
+            said += remarks(settings, given & moving, [o for o in outputs if o != "strength sweep"], called=called)
         unused = ["--latent-format: has no effect without --comfyui"]
         return said + (unused if self.form and "comfyui" not in self.places else [])
 
