@@ -41,6 +41,28 @@ def test_the_check_finds_nothing(check: str) -> None:
     assert status == 0, said
 
 
+NODE = ROOT / "tests/node"
+"""The pinned tools from npm; they are installed beside this Python, never into the repository."""
+
+
+def test_the_page_s_script_is_clean(node_tools: Path) -> None:
+    shutil.copy(NODE / "eslint.config.mjs", node_tools)  # its imports are found beside it
+    eslint = node_tools / "node_modules/eslint/bin/eslint.js"
+    command = ["node", str(eslint), "--config", str(node_tools / "eslint.config.mjs"), "--max-warnings", "0"]
+    done = subprocess.run([*command, "javascript"], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["setInterval(() => 0, 100);", "left = 1;", "var old = 1;", "window.ours = 1;"])
+def test_what_the_script_may_not_do_is_found(wrong: str, node_tools: Path, tmp_path: Path) -> None:
+    shutil.copy(NODE / "eslint.config.mjs", node_tools)
+    (tmp_path / "wrong.js").write_text(f'(() => {{\n    "use strict";\n    {wrong}\n}})();\n', encoding="utf-8")
+    eslint = node_tools / "node_modules/eslint/bin/eslint.js"
+    command = ["node", str(eslint), "--config", str(node_tools / "eslint.config.mjs"), "wrong.js"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+
+
 LAYERS = "Each wing imports only those below it, and none beside it"
 BENCH = "The benches run without a host"
 CORE = "core knows torch, numpy, safetensors and Python's own"

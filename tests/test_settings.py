@@ -336,4 +336,4 @@ def test_behind_a_dict_the_host_s_other_defaults_and_pasted_ones_may_stand() -> 
 def test_a_cleared_number_is_called_empty(case: tuple[str, Any]) -> None:
     surface, f = case
     (error,) = errors_of({f.name: None}, surface)
-    assert error == f"{f.name}: empty (None) is not {allowed(f)}"
+    assert error == f"{f.name}: None (empty) is not {allowed(f)}"

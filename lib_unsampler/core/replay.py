@@ -164,7 +164,7 @@ class OpenNoise:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: Any) -> OpenNoise:
-        return self.__mul__(1 / factor)
+        return OpenNoise(self._asked, (*self._factors, 1 / factor))
 
     def __radd__(self, mu: Tensor) -> Tensor:
         return self._asked.settle(mu, self._factors)
@@ -371,7 +371,7 @@ def rehearsed(
 def _repeats(function: Sampler, stand_in: StandIn, made: Recording, skip: int, options: Mapping[str, Any]) -> bool:
     """Whether a sampler's states from a step on are the recorded ones again."""
     seen: list[Tensor] = []
-    run = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
+    run: dict[str, Any] = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
     seen.append(rehearse(function, stand_in, made.states[skip], made.sigmas[skip:], options, seed=1, **run))
     out = waves(0, seen[0]).cpu().double() - made.residual
     wanted = [*made.states[skip:], out.to(seen[0])]

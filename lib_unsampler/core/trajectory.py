@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,26 @@ def of_walk(
         handoff=None if handoff is None else handoff.cpu(),
         **about,
     )
+
+
+def cut(trajectory: Trajectory, start: int) -> Trajectory:
+    """The same walk, ended at a less noisy level.
+
+    Raises:
+        TrajectoryError: if that level is not in it, or its unmasked state was not kept.
+    """
+    inside = trajectory.start <= start < len(trajectory.schedule)
+    found = (trajectory.sigmas == trajectory.schedule[start if inside else trajectory.start]).nonzero()
+    if not inside or len(found) == 0:
+        raise TrajectoryError(f"step {start} is not one of the levels that were kept")
+    if trajectory.blended and start != trajectory.start:
+        raise TrajectoryError("of a masked file of format 1, only the noisiest level is kept unmasked")
+    count = int(found[-1]) + 1
+    fits = trajectory.replay is not None and len(trajectory.replay.states) <= len(trajectory.schedule) - 1 - start
+    replay = trajectory.replay if fits else None
+    handoff = trajectory.handoff if start == trajectory.start else None
+    z, sigmas = trajectory.z[:count], trajectory.sigmas[:count]
+    return replace(trajectory, z=z, sigmas=sigmas, start=start, handoff=handoff, replay=replay)
 
 
 class Kept:

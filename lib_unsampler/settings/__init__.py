@@ -13,7 +13,7 @@ from .fields import (
     Preferences,
     Settings,
     allowed,
-    cli_help,
+    help_on,
     surface_fields,
     whole_help,
 )
@@ -36,8 +36,8 @@ __all__ = [
     "Settings",
     "SettingsError",
     "allowed",
-    "cli_help",
     "from_infotext",
+    "help_on",
     "infotext_key",
     "named",
     "parse",

@@ -92,6 +92,7 @@ def option(
     cli: str = "",
     modes: tuple[str, ...] = (),
     outputs: tuple[str, ...] = (),
+    word: str = "",
 ) -> Any:
     """A dataclass field with its documentation and bounds as metadata.
 
@@ -101,6 +102,7 @@ def option(
         cli: What only the command line adds to it.
         modes: The modes that use the field, if not all do.
         outputs: The outputs that use it, if not all do; with both, either is enough.
+        word: What a number's default is called, where that is no amount: both are accepted.
     """
     return field(
         default=default,
@@ -116,6 +118,7 @@ def option(
             "cli": cli,
             "modes": modes,
             "outputs": outputs,
+            "word": word,
         },
     )
 
@@ -136,24 +139,27 @@ class Settings:
     )
     steps: int = option(
         0,
-        "Steps (0: as img2img, which init needs)",
+        "Steps",
         "Steps of the schedule that is walked backwards.",
-        host="0 follows img2img; with init it must be 0, because the levels are img2img's own.",
-        cli="0 is 20.",
+        host="automatic (0) follows img2img, and is what init, guide and strength sweep need: they use its levels.",
+        cli="automatic is 20.",
+        word="automatic",
         minimum=0,
         maximum=10000,
     )
     end_at_step: int = option(
         -1,
-        "End at step (0: pure noise; -1: automatic, with init img2img's start)",
-        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest, and so is -1.",
-        host="With init -1 is img2img's start level (from the denoising strength).",
+        "End at step",
+        "Stop at the noise level where a sampler starting at this step would go on: 0 is the noisiest, and so is "
+        "automatic (-1).",
+        host="With init automatic is img2img's start level (from the denoising strength).",
+        word="automatic",
         minimum=-1,
         maximum=10000,
     )
     step_increment: int = option(
         1,
-        "Step increment (keep every n-th level)",
+        "Increment",
         "Keep every n-th level, counted down from the noisiest. Thins frames and files, never what is sampled from.",
         outputs=THINNED,
         minimum=1,
@@ -161,7 +167,7 @@ class Settings:
     )
     noise: str = option(
         "shared",
-        "Noise (shared: img2img's own)",
+        "Noise",
         "shared: one draw, the same at every level; independent: a fresh draw per level; "
         "path: one random walk from clean to noise, the forward process itself.",
         host="The shared draw is img2img's own.",
@@ -170,7 +176,7 @@ class Settings:
     )
     normalize: bool = option(
         False,
-        "Normalize each image's noise",
+        "Normalize the noise",
         "Bring each image's noise to mean 0 and variance 1; the noise level stays.",
         modes=("noise", "replay"),
     )
@@ -224,8 +230,9 @@ class Settings:
     ping_pong: bool = option(False, "There and back", "Play the animation forwards, then backwards.", outputs=MOVING)
     loop: int = option(
         0,
-        "Plays (0: for ever)",
-        "How often the animation plays. MP4 leaves it to the player.",
+        "Plays",
+        "How often the animation plays; for ever is 0. MP4 leaves it to the player.",
+        word="for ever",
         minimum=0,
         maximum=65535,
         outputs=MOVING,
@@ -257,7 +264,7 @@ class Settings:
     )
     skip: int = option(
         0,
-        "Skip (replay: keep more of the picture)",
+        "Skip steps",
         "Replay: leave out this many of the noisiest steps; more of the picture stays. At least one step remains.",
         minimum=0,
         maximum=10000,
@@ -298,7 +305,7 @@ class Settings:
     )
     cfg: float = option(
         1.0,
-        "CFG scale for the source",
+        "CFG for the source",
         "Invert and replay: the guidance scale under which the model sees the source; 1 is the positive prompt alone.",
         cli="The resampling's scale too.",
         modes=("invert", "replay"),
@@ -308,7 +315,7 @@ class Settings:
     )
     positive: str = option(
         "",
-        "Prompt for the source (empty: img2img's own)",
+        "Prompt for the source",
         "Invert and replay: the prompt under which the model sees the source.",
         host="Empty is img2img's own; a space is an empty prompt.",
         cli="The resampling's prompt too: empty, sea, sunset, forest, night or snow, each a picture's mean colours.",
@@ -317,14 +324,14 @@ class Settings:
     )
     negative: str = option(
         "",
-        "Negative prompt for the source (empty: img2img's own)",
-        "What the guidance moves away from; as the prompt.",
+        "Negative prompt for the source",
+        "What the guidance moves away from; as the prompt, empty is img2img's own.",
         modes=("invert", "replay"),
         outputs=RESAMPLED,
     )
     solver: str = option(
         "exact",
-        "Solver of the inversion",
+        "Solver",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
         "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
         "up the schedule, a call or two a step.",
@@ -333,7 +340,7 @@ class Settings:
     )
     tolerance: float = option(
         1e-6,
-        "Tolerance of the exact solver",
+        "Tolerance",
         "Exact: how far the sampler's step may miss the level below, as a share of the noisy latent's deviation. "
         "A half-precision model stops earlier, where it no longer gets nearer.",
         minimum=1e-12,
@@ -342,7 +349,7 @@ class Settings:
     )
     max_calls: int = option(
         40,
-        "Most model calls for a level",
+        "Most calls a level",
         "Exact: the most model calls for one image at one level; what did not converge by then is named.",
         minimum=1,
         maximum=1000,
@@ -350,7 +357,7 @@ class Settings:
     )
     panel: bool = option(
         False,
-        "Show the model's estimate beside z",
+        "Estimate beside z",
         "Invert: each frame shows the source, z, and the picture that the model sees in z.",
         outputs=SHOWN,
     )
@@ -363,7 +370,7 @@ class Settings:
     )
     trajectory: str = option(
         "",
-        "Levels from a latents file",
+        "Latents file",
         "Use the levels of a saved latents file, named by its path below the img2img output folder, in place of new "
         "ones: its frames are shown, init starts from its noisiest level, and with replay its noises are replayed. "
         "Model type, size, batch and schedule must be the file's.",
@@ -371,8 +378,9 @@ class Settings:
     )
     resample_cfg: float = option(
         -1.0,
-        "CFG scale of the resampling (-1: as cfg)",
-        "Guidance scale of the resampling; -1 is that of cfg.",
+        "CFG of the resampling",
+        "Guidance scale of the resampling; as cfg (-1) is that of cfg.",
+        word="as cfg",
         minimum=0.0,
         maximum=100.0,
         automatic=-1.0,
@@ -381,14 +389,14 @@ class Settings:
     )
     resample_positive: str = option(
         "",
-        "Prompt of the resampling (empty: as positive)",
+        "Prompt of the resampling",
         "Prompt of the resampling; empty is that of positive, a space is an empty prompt.",
         surfaces=("cli",),
         outputs=RESAMPLED,
     )
     resample_negative: str = option(
         "",
-        "Negative prompt of the resampling (empty: as negative)",
+        "Negative prompt of the resampling",
         "Negative prompt of the resampling; empty is that of negative, a space is an empty prompt.",
         surfaces=("cli",),
         outputs=RESAMPLED,
@@ -527,9 +535,9 @@ def whole_help(f: Any) -> str:
     return " ".join(part for part in (f.metadata["help"], f.metadata["host"], cli) if part)
 
 
-def cli_help(f: Any) -> str:
-    """A field's help for the command line alone."""
-    return " ".join(part for part in (f.metadata["help"], f.metadata["cli"]) if part)
+def help_on(f: Any, surface: str) -> str:
+    """A field's help for one surface alone."""
+    return " ".join(part for part in (f.metadata["help"], f.metadata[surface]) if part)
 
 
 def allowed(f: Any) -> str:
@@ -544,6 +552,7 @@ def allowed(f: Any) -> str:
     if kind is str:
         return "text"
     number = "a whole number" if kind is int else "a number"
-    automatic = "" if f.metadata["automatic"] is None else f"{f.metadata['automatic']:g} or "
+    if f.metadata["word"]:
+        number = f"{f.metadata['word']} ({f.default:g}), or {number}"
     top = f"{high:g}" if high < 1e15 else "2^63 - 1"
-    return f"{automatic}{number} from {low:g} to {top}"
+    return f"{number} from {low:g} to {top}"

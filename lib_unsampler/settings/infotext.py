@@ -18,7 +18,7 @@ SIZE = re.compile(r"\d+x\d+$")
 
 def infotext_key(f: Any) -> str:
     """The name of a field in an image's generation parameters."""
-    return INFOTEXT_PREFIX + f.name.replace("_", " ")
+    return f"{INFOTEXT_PREFIX}{f.name.replace('_', ' ')}"
 
 
 def _plain(value: Any) -> str:
@@ -42,7 +42,7 @@ def _whole_text(text: str) -> str:
         (read,) = json.loads(text)
     except ValueError:
         return text
-    return read
+    return str(read)
 
 
 def to_infotext(settings: Settings, surface: str) -> dict[str, str]:

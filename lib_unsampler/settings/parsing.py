@@ -23,6 +23,9 @@ class SettingsError(ValueError):
 def convert(f: Any, value: Any) -> Any:
     """``value`` as the field's type. Text is read (command line, infotext); raises ValueError."""
     kind = type(f.default)
+    word = f.metadata["word"]
+    if word and isinstance(value, str) and value.strip().lower() == word:
+        return f.default
     if kind is tuple:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, (list, tuple)) or not all(isinstance(p, str) for p in parts):
@@ -58,7 +61,7 @@ def read(f: Any, value: Any) -> Any:
         return convert(f, value)
     except (ValueError, TypeError, KeyError, OverflowError):
         cleared = value is None and type(f.default) in (int, float)
-        said = "empty (None)" if cleared else repr(value)
+        said = "None (empty)" if cleared else repr(value)
         raise SettingsError([f"{f.name}: {said} is not {allowed(f)}"]) from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__, files
-from ..settings import Settings, SettingsError, allowed, cli_help, parse, remarks, surface_fields
+from ..settings import Settings, SettingsError, allowed, help_on, parse, remarks, surface_fields
 from ..settings.combinations import sweep_refusals
 from ..settings.effects import clamped
 from ..settings.fields import MOVING
@@ -190,7 +190,7 @@ def _place(text: str) -> Place:
 
 def _add_setting(group: Any, f: Any) -> None:
     shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
-    text = f"{cli_help(f)} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
+    text = f"{help_on(f, 'cli')} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
     text = text.replace("%", "%%")
     if isinstance(f.default, bool):
         group.add_argument(FIELDS[f.name], dest=f.name, action=argparse.BooleanOptionalAction, help=text)

@@ -43,7 +43,8 @@ def resampling_model(settings: Settings, source: Tensor, mask: Tensor | None) ->
 
 
 def _model(settings: Settings, prompts: tuple[str, str], scale: float, source: Tensor, mask: Tensor | None) -> Denoiser:
-    model = guided(*(make_model(settings.model, p, *source.shape[-2:]) for p in prompts), scale)
+    positive, negative = (make_model(settings.model, p, *source.shape[-2:]) for p in prompts)
+    model = guided(positive, negative, scale)
     return model if mask is None else masked(model, source, mask)
 
 
@@ -132,7 +133,7 @@ def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None
     fresh = (draw(j) for j in count(len(plan.schedule) - 1))
     model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
     with bar("recording", len(states), quiet) as callback:
-        options = {"callback": callback, "disable": True}
+        options: dict[str, Any] = {"callback": callback, "disable": True}
         return replay.record(function, model, remaining(below), states, source, fresh, prediction, **options)
 
 

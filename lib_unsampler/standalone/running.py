@@ -281,7 +281,7 @@ def unsample_picture(
     back = Back(scene, settings, resampler(settings), level, recording, 0)
     with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
         _write(walked, scene, told, plan, back, settings, targets, quiet, kept)
-        if kept is not None:
+        if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
     return [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
 
@@ -378,9 +378,7 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool
     seen = {i: model(z, sigma.reshape(1)) for i, sigma, z in zip(indices, saved.sigmas, saved.z) if settings.panel}
     prediction = PREDICTION[settings.model]
     scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=saved.blended)
-    level = (
-        every_level(saved, indices, saved.source) if settings.guide and targets.resample else dict[int, Tensor]().get
-    )
+    level = every_level(saved, indices, saved.source)
     sampler = settings.sampler if chosen else resampler(settings)
     back = Back(scene, settings, sampler, level, saved.replay, skip)
     plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
@@ -447,7 +445,7 @@ def _write(
     def every() -> Iterator[tuple[Frame, str]]:
         for frame in shown(walked, scene, settings, visit, told.clean):
             yield frame, ""
-        if told.film:
+        if told.film and targets.resample:
             yield from _filmed(last, scene, plan, back, settings, targets.resample, text, quiet)
 
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -56,7 +57,7 @@ def walk_back(
             bar.set_postfix_str(f"{calls} model calls", refresh=False)
             bar.update()
 
-        limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
+        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
         function = sampling.function(sampler)
         inversion.invert(numbered, source, plan, settings.solver, function, prediction, visit, **limits)
     return WalkBack(tuple(levels), estimates, sampler)
@@ -66,5 +67,5 @@ def round_trip(model: Denoiser, walked: WalkBack, source: Tensor, plan: Levels, 
     """The picture sampled back by the sampler that was inverted, under the prompts it was inverted with."""
     start = plan.visited[-1]
     back = sampling.sample(model, walked.levels[-1].z, plan.schedule[start:], walked.sampler, (0,))
-    pictures = tuple(to_pictures(latents)[0] for latents in (back, source))
+    pictures = (to_pictures(back)[0], to_pictures(source)[0])
     return measured(walked.levels, 0, (back[0], source[0]), pictures, None, tolerance)

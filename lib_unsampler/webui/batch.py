@@ -56,13 +56,20 @@ class BatchRun:
         self.film: Film | None = None
         self.sweep: Sweep | None = None
         self._stack = ExitStack()
-        self.found: tuple[Tensor, Tensor, Plan] | None = None
+        self._found: tuple[Tensor, Tensor, Plan] | None = None
         self.began: Tensor | None = None if file is None else file.latent
 
     @property
     def started(self) -> bool:
         """Whether the host came to sample this batch in img2img's own way."""
-        return self.found is not None
+        return self._found is not None
+
+    @property
+    def found(self) -> tuple[Tensor, Tensor, Plan]:
+        """The clean latents, img2img's own noise and the plan of a started batch."""
+        if self._found is None:
+            raise ValueError("a batch that was not started has found nothing")
+        return self._found
 
     def start(self, batch: Batch) -> Tensor:
         """In place of the sampler's ``sample_img2img``: lets the model drive, then samples from there."""
@@ -72,8 +79,8 @@ class BatchRun:
         plan = self._plan()
         batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
         if self.file is not None:
-            batch = self._resumed(batch)
-        self.found = (batch.x, batch.noise, plan)
+            batch = self._resumed(batch, self.file)
+        self._found = (batch.x, batch.noise, plan)
         self._drive(batch, plan)
         if not self.settings.samples or stopped():
             return x
@@ -99,9 +106,9 @@ class BatchRun:
         prediction = prediction_type(p.sd_model)
         return Plan(walked, prediction, total, own_start=(total, walked.kept[-1]) == img2img_steps(p))
 
-    def _resumed(self, batch: Batch) -> Batch:
+    def _resumed(self, batch: Batch, file: Trajectory) -> Batch:
         """The batch with the latents file's source in place of its own."""
-        source = self.file.source
+        source = file.source
         if source.shape[1:] != batch.x.shape[1:] or len(source) not in (1, len(batch.x)):
             shapes = f"{tuple(source.shape)}, not {tuple(batch.x.shape)}"
             raise ValueError(f"trajectory: {self.settings.trajectory!r} does not fit: its latents' shape is {shapes}")
@@ -111,15 +118,15 @@ class BatchRun:
         """What needs the model's calls before any frame or latent is there."""
         if self.settings.mode == "invert":
             self.inverted = driven.invert(batch, plan, self.settings)
-            self.found = (self.inverted.source, batch.noise, plan)
-            self._say_unconverged()
+            self._found = (self.inverted.source, batch.noise, plan)
+            self._say_unconverged(self.inverted)
         elif self.settings.mode == "replay" and self.file is not None:
             self.recording = self.file.replay
         elif self.settings.mode == "replay" and self.wanted & {"init", "latents"}:
             self.recording = driven.record(batch, plan, HostDraws(self.p, batch.noise), self.settings)
 
-    def _say_unconverged(self) -> None:
-        missed = unconverged(self.inverted.levels)
+    def _say_unconverged(self, inverted: Inverted) -> None:
+        missed = unconverged(inverted.levels)
         if missed:
             more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
             comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")

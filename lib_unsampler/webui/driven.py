@@ -188,7 +188,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
                 sigma = level.z.new_full((len(level.z),), level.sigma)
                 estimates[level.index] = model(level.z, sigma, CALLS[name] * (level.index - plan.start))
 
-        limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
+        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
         with untouched_draws():
             walker = k_diffusion_function(name)
             invert_(model, batch.x, plan.levels, settings.solver, walker, plan.prediction, visit, **limits)

@@ -112,9 +112,10 @@ def _patch(p: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any
         method = before or getattr(type(processed()), name).__get__(processed())
         return method(*args, **kwargs)
 
-    def patched(*args: Any, **kwargs: Any) -> Any:
+    def hung(*args: Any, **kwargs: Any) -> Any:
         return (function if processed() is held() else own)(*args, **kwargs)
 
+    patched: Any = hung
     patched.batch_unsampler = True
     patched.before = before
     setattr(p, name, patched)
@@ -183,8 +184,10 @@ class Request:
         if self._own_rounding is not None:
             p.mask_round = self._own_rounding
         if p is self.p:
-            for part in (*self.showings, *self.runs):
-                part.close()
+            for showing in self.showings:
+                showing.close()
+            for run in self.runs:
+                run.close()
 
     def on_init(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses what the sampler cannot do, then lets the host go on."""
@@ -298,7 +301,7 @@ class Request:
 
     def _taken(self) -> Exception:
         error, self.error = self.error, None
-        return error
+        return error or RuntimeError("nothing failed")
 
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import comfy, trajectory
 from ..core.replay import Recording
-from ..core.trajectory import Trajectory
+from ..core.trajectory import Kept, Trajectory
 from ..pictures import render, roundtrip
 from ..pictures.background import Background
 from ..pictures.progression import Frame
@@ -84,7 +84,7 @@ class Filing:
         self._kept = None
         if self._wanted & {"latents", "comfyui"}:
             self._latents = self._temporary(".safetensors")
-            self._kept = self._stack.enter_context(trajectory.Kept(self._latents))
+            self._kept = self._stack.enter_context(Kept(self._latents))
 
     def _temporary(self, ending: str) -> Path:
         file = temporary_file(ending)
@@ -155,18 +155,18 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            self._file_latents(self._trajectory(source, mask, handoff, recording))
+            self._file_latents(self._kept, self._trajectory(self._kept, source, mask, handoff, recording))
         self._say_what_is_missing(save)
 
-    def _file_latents(self, made: Trajectory) -> None:
+    def _file_latents(self, kept: Kept, made: Trajectory) -> None:
         """The latents as our own file, and as ComfyUI's."""
         named = self._last[0] if self._last else Image.new("RGB", (self._p.width, self._p.height))
         if "comfyui" in self._wanted:
             file, form = self._temporary(comfy.ENDING), comfy.form_of(*latent_scale(self._p.sd_model))
-            comfy.save_latent(replace(made, z=torch.stack(list(self._kept.tensors()))), form, file)
+            comfy.save_latent(replace(made, z=torch.stack(list(kept.tensors()))), form, file)
             self._reply.comfyui.append(self._naming.latents(file, named))
         if "latents" in self._wanted:
-            trajectory.save(made, self._latents, self._kept)
+            trajectory.save(made, self._latents, kept)
             self._reply.latents.append(self._naming.latents(self._latents, named))
 
     def report(self, image: int, trip: RoundTrip, save: bool) -> None:
@@ -177,13 +177,13 @@ class Filing:
         comment(self._p, f"round trip of image {number}: {'; '.join(trip.lines())}")
 
     def _trajectory(
-        self, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
+        self, kept: Kept, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
     ) -> Trajectory:
         p, plan = self._p, self._plan
         return trajectory.of_walk(
             plan.levels.schedule,
             self._indices,
-            self._kept.outline,
+            kept.outline,
             source,
             plan.prediction,
             mask=mask,

@@ -40,8 +40,6 @@ class Showing:
         """
         self._run, self._reply, self._saves = run, reply, saves
         self._p, self._settings = run.p, run.settings
-        if run.found is None:
-            raise ValueError("a batch that was not started shows nothing")
         self._x, _, self._plan = run.found
         self._shown = bool(run.wanted & PICTURES)
         self._film = run.film if self._shown else None

@@ -572,7 +572,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "a link to itself": ((PICTURE, *GIF, "--curve", "loop.png"), "--curve: loop.png: Too many levels"),
     "cfg below 0": (
         (PICTURE, "--resample", "x.png", "--resample-cfg", "-0.5"),
-        "--resample-cfg: '-0.5' is not -1 or a",
+        "--resample-cfg: '-0.5' is not as cfg (-1), or a number from 0 to 100",
     ),
     "not our frame": (
         (PICTURE, "--frames", "users", "--steps", "1"),

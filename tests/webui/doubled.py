@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,15 +21,24 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The double's modules, the Script loaded as the host loads it, and ``run`` for one request."""
+    with doubled_host(tmp_path, monkeypatch) as doubled:
+        yield doubled
+
+
+@contextmanager
+def doubled_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The same for tests that share one host."""
     monkeypatch.syspath_prepend(str(ROOT / "tests/webui/host_double"))
     script_module = load_script()
-    from modules import processing, scripts, sd_samplers, shared
+    from modules import processing, scripts, sd_models, sd_samplers, shared
 
     script = script_module.BatchUnsampler()
     runner = scripts.ScriptRunner(script)
     shared.opts.temp_dir = str(tmp_path / "temporary")
     shared.opts.outdir_img2img_samples = str(tmp_path / "out")
     model = processing.Model()
+    model.sd_checkpoint_info = sd_models.checkpoint("doubled")
+    sd_models.model_data.sd_model = model
     photo = Image.open(ROOT / "lib_unsampler/assets/cat.jpg").convert("RGB")
 
     def make(args: tuple[Any, ...] = (), selected: int = 0, **fields: Any) -> Any:

@@ -87,7 +87,7 @@ def test_an_axis_says_what_is_behind_a_dict(host: SimpleNamespace, plot: SimpleN
 
 @pytest.mark.parametrize("name", ["steps", "duration"])
 def test_a_cleared_number_is_empty(host: SimpleNamespace, name: str) -> None:
-    with pytest.raises(HTTPException, match=rf"{name}: empty \(None\) is not a"):
+    with pytest.raises(HTTPException, match=rf"{name}: None \(empty\) is not a"):
         host.run({name: None})
 
 

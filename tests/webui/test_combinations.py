@@ -62,7 +62,7 @@ def test_what_is_not_refused_is_made(host: SimpleNamespace, output: str) -> None
         assert getattr(p.latest_samples, "already_decoded", False) is (output not in SAMPLED), settings
 
 
-@pytest.mark.parametrize(("mode", "film"), product(MODES, FILMS))
+@pytest.mark.parametrize(("mode", "film"), list(product(MODES, FILMS)))
 def test_films_beside_what_samples(host: SimpleNamespace, mode: str, film: str) -> None:
     settings = {"output": ["frames", "animation", "init"], "mode": mode, "film": film}
     processed = host.run(settings, sampler_name="Euler a" if mode == "replay" else "Euler")[1]

@@ -123,3 +123,15 @@ def guiding_timestep(p: Any, sigma: Tensor, prediction: str) -> float:
     """The timestep, out of 1000, by which guidance weighs a noise level: on flow models s T."""
     known = None if prediction == "flow" else timestep(p, sigma)
     return 1000.0 * float(sigma) if known is None else known
+
+
+def timesteps(p: Any, schedule: Tensor) -> list[float] | None:
+    """The model's timesteps of a whole schedule; None where it counts none, and for the clean end."""
+    wrap: Any = getattr(p.sampler, "model_wrap", None)
+    if not has_sigmas(p.sampler) or not hasattr(wrap, "sigma_to_t"):
+        return None
+    noisy = schedule[schedule > 0].to(devices.device)
+    try:
+        return [float(t) for t in wrap.sigma_to_t(noisy)]
+    except (RuntimeError, TypeError, ValueError):  # a scheduler of another kind: the curve goes without
+        return None
