@@ -37,6 +37,11 @@ CASES = [
     ({"step_increment": 3}, ("init",), "step_increment: has no effect without frames or"),
     ({"resample_cfg": 3.0}, ("frames",), "resample_cfg: has no effect without resample"),
     ({"resample_negative": "sea"}, ("resample",), "resample_negative: has no effect at cfg 1"),
+    ({"guide_alpha": 1.0}, ("frames", "init"), "guide_alpha: has no effect without guide"),
+    ({"guide_alpha": 1.0}, ("resample",), "guide_alpha: has no effect without guide"),
+    ({"film": "both"}, ("frames",), "film: has no effect without init or guide"),
+    ({"film": "both"}, ("init",), "film: has no effect without frames or animation or contact sheet"),
+    ({"film_view": "estimate"}, ("init", "frames"), "film_view: has no effect with film noising"),
 ]
 
 
@@ -102,6 +107,11 @@ CHANGED: dict[str, Any] = {
     "model": "gaussian-flow",
     "solver": "reverse",
     "skip": 1,
+    "film": "both",
+    "film_view": "estimate",
+    "guide_strength": 0.5,
+    "guide_from": 0.5,
+    "guide_until": 0.0,
 }
 
 
@@ -121,6 +131,10 @@ BASES = {
     "resample": (("--sampler", "euler_ancestral"), ("--resample", "r.png")),
     "invert": (("--mode", "invert"), ("--frames", "f")),
     "replay": (("--mode", "replay", "--sampler", "euler_ancestral"), ("--resample", "r.png")),
+    "guide": (("--guide",), ("--resample", "r.png")),
+    "film": (("--film", "both"), ("--resample", "r.png", "--frames", "f")),
+    "sweep": (("--sampler", "euler_ancestral"), ("--sweep", "s.gif")),
+    "swept": (("--sampler", "euler_ancestral"), ("--sweep", "s")),
 }
 
 
@@ -159,7 +173,17 @@ def test_what_is_said_to_have_no_effect_has_none(
 
 MAY_BE_EQUAL = {
     *("tolerance", "max_calls", "hold_first", "hold_last", "normalize", "skip", "seed", "positive", "noise", "cfg"),
-    *("negative", "resample_negative", "end_at_step", "scheduler", "sampler", "solver", "resample_cfg", "mode"),
+    *(
+        "negative",
+        "resample_negative",
+        "end_at_step",
+        "end_at_sigma",
+        "scheduler",
+        "sampler",
+        "solver",
+        "resample_cfg",
+        "mode",
+    ),
 }
 """What may change no byte: guidance towards the same prompt, a solver that is done before its limit, the picture that
 replay gives back."""

@@ -60,7 +60,7 @@ def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
     mended = {**values, **({"end_at_step": -1} if values.get("end_at_sigma") else {})}
     wanted = set(values.get("output", ()))
-    if "guide" in wanted:
+    if "guide" in wanted or values.get("guide"):
         low, high = sorted((values["guide_from"], values["guide_until"]))
         mended |= {"guide_from": low, "guide_until": high, "noise": "shared"}
         mended |= {"mode": "noise"} if values["mode"] == "replay" else {}

@@ -56,6 +56,25 @@ def active(step: int, steps: int, begin: float, end: float) -> bool:
     return begin <= step / steps <= end
 
 
+def skip_residual(
+    timesteps: Sequence[float], alpha: float, strength: float, begin: float, end: float
+) -> dict[int, Weight]:
+    """DemoFusion's c of each executed step that is guided, by its number from 0.
+
+    Arguments:
+        timesteps: The model's timestep of each step, out of 1000.
+        alpha: See :func:`skip_weight`.
+        strength: At 0 no step is guided.
+        begin: The share of the steps at which it begins.
+        end: The share at which it ends.
+    """
+    return {
+        step: skip_weight(timestep, alpha, strength)
+        for step, timestep in enumerate(timesteps)
+        if active(step, len(timesteps), begin, end) and strength > 0
+    }
+
+
 def first_calls(function: Sampler, model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> list[int | None]:
     """For each model call of a run, the step (from 0) whose first call it is; None for a call within a step.
 

@@ -23,7 +23,12 @@ class Rule:
 
 
 def _guides(s: Settings) -> bool:
-    return "guide" in s.output
+    return "guide" in s.output or s.guide
+
+
+def _guide(s: Settings) -> str:
+    """How the guide was asked for."""
+    return "guide: true" if s.guide else "output: guide"
 
 
 def _sampling_output(s: Settings) -> str:
@@ -32,7 +37,7 @@ def _sampling_output(s: Settings) -> str:
 
 def _rule(speaks: Test, says: str) -> Rule:
     """A rule whose text names fields' values in braces."""
-    return Rule(speaks, lambda s: says.format(**vars(s), wanted=_sampling_output(s)))
+    return Rule(speaks, lambda s: says.format(**vars(s), wanted=_sampling_output(s), guided=_guide(s)))
 
 
 INVERTS: Test = lambda s: s.mode == "invert"  # noqa: E731
@@ -72,7 +77,7 @@ REFUSED = (
     ),
     _rule(
         lambda s: _guides(s) and REPLAYS(s),
-        "output: guide does not go with mode replay, whose noises fit the sampler's own states only",
+        "{guided} does not go with mode replay, whose noises fit the sampler's own states only",
     ),
     _rule(
         lambda s: _guides(s) and not REPLAYS(s) and s.noise != "shared",
@@ -82,20 +87,14 @@ REFUSED = (
         lambda s: _guides(s) and s.guide_from > s.guide_until,
         "guide_from: {guide_from:g} is above guide_until, {guide_until:g}",
     ),
-    _rule(
-        lambda s: "strength sweep" in s.output and _guides(s),
-        "output: strength sweep does not go with guide: each of its pictures is sampled from its own level alone",
-    ),
-    _rule(
-        lambda s: "strength sweep" in s.output and s.film != "noising",
-        "film: {film!r} does not go with strength sweep, which samples once for every level",
-    ),
-    _rule(
-        lambda s: "strength sweep" in s.output and REPLAYS(s),
-        "output: strength sweep does not go with mode replay, whose noises begin at one level",
-    ),
 )
 """What is refused, each by name."""
+
+SWEEPS = (
+    _rule(_guides, "does not go with guide: each of its pictures is sampled from its own level alone"),
+    _rule(REPLAYS, "does not go with mode replay, whose noises begin at one level"),
+)
+"""What a strength sweep does not go with."""
 
 FILE_OWNED = ("steps", "end_at_step", "step_increment", "normalize", "end_at_sigma")
 """Fields that a latents file has decided already."""
@@ -104,10 +103,20 @@ FILE_OWNED = ("steps", "end_at_step", "step_increment", "normalize", "end_at_sig
 def refusals(settings: Settings) -> list[str]:
     """A sentence for each combination that cannot be."""
     said = [rule.says(settings) for rule in REFUSED if rule.speaks(settings)]
+    if "strength sweep" in settings.output:
+        said += sweep_refusals(settings, "output: strength sweep")
     if settings.trajectory and settings.mode != "invert":
         names = FILE_OWNED if settings.mode == "replay" else (*FILE_OWNED, "noise")
         for name in names:
             value = getattr(settings, name)
             if value != Settings.__dataclass_fields__[name].default:
                 said.append(f"{name}: {value!r} does not go with trajectory, whose levels are the file's")
+    return said
+
+
+def sweep_refusals(settings: Settings, called: str) -> list[str]:
+    """A sentence for each thing that a strength sweep, ``called`` so, does not go with."""
+    said = [f"{called} {rule.says(settings)}" for rule in SWEEPS if rule.speaks(settings)]
+    if settings.film != "noising":
+        said.append(f"film: {settings.film!r} does not go with strength sweep, which samples once for every level")
     return said

@@ -11,7 +11,7 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from .fields import Settings
+from .fields import OUTPUTS, SHOWN, Settings
 
 RECORDED = {"latents", "init", "resample"}
 """Outputs for which a replay's noises are found at all."""
@@ -41,7 +41,7 @@ def remarks(
 def _why(f: Any, settings: Settings, outputs: set[str], walked: bool, called: Mapping[str, str]) -> str:
     """Why a field has no effect; empty if it has."""
     name, modes, uses = f.name, f.metadata["modes"], f.metadata["outputs"]
-    without = f"without {' or '.join(called.get(o, o) for o in uses)}"
+    without = _without(uses, called)
     by_output = bool(outputs & set(uses))
     if not walked and modes and not by_output:
         return without if uses else "on a saved trajectory"
@@ -49,6 +49,12 @@ def _why(f: Any, settings: Settings, outputs: set[str], walked: bool, called: Ma
         return f"in mode {settings.mode}" + (f" {without}" if uses and "resample" in called else "")
     if uses and not modes and not by_output:
         return without
+    if name.startswith("guide_") and "resample" in outputs and not settings.guide and "guide" not in outputs:
+        return "without guide"
+    if name in ("film", "film_view") and not outputs & set(SHOWN):
+        return _without(SHOWN, called)
+    if name == "film_view" and settings.film == "noising":
+        return "with film noising"
     if name in ("tolerance", "max_calls") and settings.solver != "exact":
         return "with solver reverse"
     if name in ("negative", "resample_negative") and not _guided(settings, outputs, name):
@@ -60,6 +66,12 @@ def _why(f: Any, settings: Settings, outputs: set[str], walked: bool, called: Ma
             recorded = " or ".join(called.get(o, o) for o in sorted(RECORDED) if not called or o in called)
             return f"without {recorded}, for which a replay is recorded"
     return ""
+
+
+def _without(uses: Collection[str], called: Mapping[str, str]) -> str:
+    """The outputs that a field needs, of those that the surface has."""
+    there = [o for o in uses if o in (called or OUTPUTS)]
+    return f"without {' or '.join(called.get(o, o) for o in there or uses)}"
 
 
 def _guided(settings: Settings, outputs: set[str], name: str) -> bool:

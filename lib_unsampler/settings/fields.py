@@ -242,7 +242,7 @@ class Settings:
         "Captions",
         "Write step, sigma, timestep (where the model has them) and noise kind on every frame of the pictures "
         "and the animation.",
-        outputs=("frames", "animation"),
+        outputs=("frames", "animation", "strength sweep"),
     )
     format: str = option(
         "gif",
@@ -408,8 +408,7 @@ class Settings:
         "Guide: how far each sampling step is drawn towards its noise level; 0 is plain img2img.",
         minimum=0.0,
         maximum=1.0,
-        outputs=("guide",),
-        surfaces=("host",),
+        outputs=("guide", "resample"),
     )
     guide_alpha: float = option(
         3.0,
@@ -417,8 +416,7 @@ class Settings:
         "Guide: how soon it lets go on the way to the picture. 0 never does; 3 is DemoFusion's.",
         minimum=0.0,
         maximum=100.0,
-        outputs=("guide",),
-        surfaces=("host",),
+        outputs=("guide", "resample"),
     )
     guide_from: float = option(
         0.0,
@@ -426,8 +424,7 @@ class Settings:
         "Guide: the share of the executed steps at which it begins.",
         minimum=0.0,
         maximum=1.0,
-        outputs=("guide",),
-        surfaces=("host",),
+        outputs=("guide", "resample"),
     )
     guide_until: float = option(
         1.0,
@@ -435,8 +432,7 @@ class Settings:
         "Guide: the share of the executed steps at which it ends.",
         minimum=0.0,
         maximum=1.0,
-        outputs=("guide",),
-        surfaces=("host",),
+        outputs=("guide", "resample"),
     )
     guide_weight: str = option(
         "skip residual",
@@ -453,15 +449,15 @@ class Settings:
         "Stop at the noisiest level at or below this sigma; 0 leaves it to end_at_step.",
         minimum=0.0,
         maximum=10000.0,
-        surfaces=("host",),
     )
     film: str = option(
         "noising",
         "Film",
-        "What frames and animation show: the noising, img2img's own sampling, or both, there and back.",
+        "What frames and animation show: the noising, the sampling back to a picture, or both, there and back.",
+        host="The sampling is img2img's own.",
+        cli="The sampling is that of --resample.",
         choices=("noising", "sampling", "both"),
         outputs=("init", "guide", "resample"),
-        surfaces=("host",),
     )
     film_view: str = option(
         "state",
@@ -469,7 +465,13 @@ class Settings:
         "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
         choices=("state", "estimate"),
         outputs=("init", "guide", "resample"),
-        surfaces=("host",),
+    )
+    guide: bool = option(
+        False,
+        "Guide",
+        "Draw the resampling towards the noise levels at each step (DemoFusion's skip residual).",
+        surfaces=("cli",),
+        outputs=RESAMPLED,
     )
 
     @property

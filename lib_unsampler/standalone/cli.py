@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 
 from .. import __version__, files
 from ..settings import Settings, SettingsError, allowed, help_on, parse, remarks, surface_fields
+from ..settings.combinations import sweep_refusals
 from ..settings.effects import clamped
+from ..settings.fields import MOVING
 from . import folders
 from .folders import TARGETS, Paths, Place, flag
 from .stopping import Stopped, Stops, say_stopped, streams
@@ -21,23 +23,35 @@ from .stopping import Stopped, Stops, say_stopped, streams
 SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format"}
 SHOWN_AS_SAVED |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
 RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
+RESUMABLE |= {"guide", "guide_strength", "guide_alpha", "guide_from", "guide_until", "film", "film_view"}
 RESUMABLE |= SHOWN_AS_SAVED
 """Fields that may differ from the trajectory that is resumed; the others are what it is."""
 
-OUTPUTS = {"sheet": "contact sheet", "curve": "sigma curve"}
+OUTPUTS = {
+    "sheet": "contact sheet",
+    "curve": "sigma curve",
+    "sweep": "strength sweep",
+    "sweep_pictures": "strength sweep",
+}
 """The settings' names of targets that have another."""
+
+LATENT_FORMATS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}
+"""The channels of the latent formats of which ComfyUI's file can be made."""
 
 GROUPS = {
     "the noise levels": (
-        *("steps", "end_at_step", "step_increment", "scheduler", "noise", "normalize", "seed"),
+        *("steps", "end_at_step", "end_at_sigma", "step_increment", "scheduler", "noise", "normalize", "seed"),
         *("mode", "model"),
     ),
-    "what a frame shows": ("include_clean", "view", "captions", "panel"),
+    "what a frame shows": ("include_clean", "view", "captions", "panel", "film", "film_view"),
     "the animation": (*("format", "duration", "timing", "hold_first", "hold_last", "reverse", "ping_pong", "loop"),),
     "the model, where it drives (modes invert and replay)": (
         *("sampler", "cfg", "positive", "negative", "skip", "solver", "tolerance", "max_calls"),
     ),
     "sampling back to a picture (--resample)": ("resample_cfg", "resample_positive", "resample_negative"),
+    "drawing it towards the noise levels (--resample)": (
+        *("guide", "guide_strength", "guide_alpha", "guide_from", "guide_until"),
+    ),
 }
 """Every setting under a heading of the help."""
 
@@ -60,6 +74,10 @@ examples:
   python -m lib_unsampler photos/ -o gifs/ --format webp
   python -m lib_unsampler cat.jpg -o cat.gif --steps 30 --noise path --end-at-step 10
   python -m lib_unsampler cat.jpg -o panel.gif --mode invert --panel --report report.png
+  python -m lib_unsampler cat.jpg --resample near.png --guide --guide-alpha 1 --resample-positive sunset
+  python -m lib_unsampler cat.jpg --resample new.png --film both -o there-and-back.gif
+  python -m lib_unsampler cat.jpg --sweep lost.gif --sampler heun
+  python -m lib_unsampler --resume from-the-webui.safetensors --comfyui levels.latent
 """
 
 
@@ -124,7 +142,14 @@ def make_parser() -> Parser:
     source.add_argument(
         "--size", metavar="PIXELS", type=int, help="shrink pictures to this long side, 8 to 8192 (default: 512)"
     )
-    _add_targets(parser.add_argument_group("what comes out (at least one)"))
+    out = parser.add_argument_group("what comes out (at least one)")
+    _add_targets(out)
+    out.add_argument(
+        "--latent-format",
+        metavar="FORMAT",
+        choices=tuple(LATENT_FORMATS),
+        help=f"--comfyui: the latents' format, where the file does not name it: {', '.join(LATENT_FORMATS)}",
+    )
     known = {f.name: f for f in surface_fields("cli")}
     for title, names in GROUPS.items():
         group = parser.add_argument_group(title)
@@ -145,6 +170,8 @@ def _add_targets(group: Any) -> None:
         ("latents", "OUT.safetensors", "the trajectory, to resume from"),
         ("resample", "OUT.png", "the noisiest latent, sampled back to a picture"),
         ("report", "OUT.png", "mode invert: how near sampling back comes, and a residual plot"),
+        ("sweep", "OUT|DIR", "every level sampled back: an animation (endings as -o), or a folder of PNGs"),
+        ("comfyui", "OUT.latent", "the levels of a WebUI's latents file (--resume) for ComfyUI's LoadLatent"),
     ):
         group.add_argument(f"--{name}", metavar=metavar, type=_place, help=text)
 
@@ -182,6 +209,7 @@ class Job:
         size: The long side.
         values: The settings that were given.
         places: The outputs by target.
+        form: The latent format that was named, if one was.
     """
 
     pictures: list[Path]
@@ -190,6 +218,7 @@ class Job:
     size: int
     values: dict[str, Any]
     places: dict[str, Place]
+    form: str | None = None
 
     @property
     def many(self) -> bool:
@@ -199,8 +228,15 @@ class Job:
     def without_effect(self, settings: Settings, given: set[str], walked: bool) -> list[str]:
         """What was given and changes nothing."""
         outputs = [OUTPUTS.get(target, target) for target in self.places]
+        if "strength sweep" in outputs:
+            outputs.append("resample")  # what a resampling uses, every one of a sweep's does
         called = {OUTPUTS.get(target, target): flag(target) for target in TARGETS}
-        return remarks(settings, given, outputs, walked=walked, called=called)
+        said = remarks(settings, given, outputs, walked=walked, called=called)
+        if "sweep_pictures" in self.places:  # stills: what is for animations alone changes nothing
+            moving = {f.name for f in surface_fields("cli") if f.metadata["outputs"] == MOVING}
+            said += remarks(settings, given & moving, [o for o in outputs if o != "strength sweep"], called=called)
+        unused = ["--latent-format: has no effect without --comfyui"]
+        return said + (unused if self.form and "comfyui" not in self.places else [])
 
 
 def check(given: dict[str, Any]) -> Job:
@@ -211,18 +247,22 @@ def check(given: dict[str, Any]) -> Job:
     """
     names = {f.name for f in surface_fields("cli")}
     values = {k: v for k, v in given.items() if k in names}
-    places = {k: v for k, v in given.items() if k in TARGETS}
+    places = folders.places(given)
     resume, size = given.get("resume"), given.get("size")
     errors: list[str] = []
     try:
         later = {"skip"} if resume else set()  # allowed or not by the file's mode: checked when it is read
-        parse({k: v for k, v in values.items() if k not in later}, "cli")
+        settings = parse({k: v for k, v in values.items() if k not in later}, "cli")
+        if _sweeps(places):
+            errors += sweep_refusals(settings, "--sweep")
     except SettingsError as error:
         errors += error.errors
     if not places:
-        errors.append(f"nothing to make: name at least one of {', '.join(flag(target) for target in TARGETS)}")
+        errors.append(f"nothing to make: name at least one of {', '.join(dict.fromkeys(map(flag, TARGETS)))}")
     if "report" in places and values.get("mode") != "invert" and not resume:
         errors.append("--report: needs mode invert")
+    if "comfyui" in places and not resume:
+        errors.append(f"--comfyui: {PIXELS}; it needs --resume with a WebUI's latents file")
     if resume:
         errors += _check_resume(given, values)
     elif not given.get("pictures"):
@@ -231,7 +271,22 @@ def check(given: dict[str, Any]) -> Job:
         errors.append(f"--size: {size} is not a whole number from 8 to 8192")
     if errors:
         raise SettingsError(errors)
-    return Job(list(given.get("pictures", [])), resume, given.get("mask"), size or 512, values, places)
+    return Job(
+        list(given.get("pictures", [])),
+        resume,
+        given.get("mask"),
+        size or 512,
+        values,
+        places,
+        given.get("latent_format"),
+    )
+
+
+PIXELS = "the embedded models' latents are pixels, which no latent format of ComfyUI's holds"
+
+
+def _sweeps(places: Collection[str]) -> bool:
+    return "sweep" in places or "sweep_pictures" in places
 
 
 def _check_resume(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
@@ -316,12 +371,14 @@ def _make(job: Job, pictures: Sequence[Path], made: Sequence[Paths], stops: Stop
 
     settings = parse(job.values, "cli")
     plan = running.plan_levels(settings)
-    said = running.check(settings, "resample" in job.places)
+    said = running.check(settings, running.Targets(**made[0]))
     each = [parse({**job.values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
     for paths in made:
-        running.check_frames(paths.get("frames"), settings, plan.sigmas)
+        targets, first = running.Targets(**paths), min(plan.kept[-1] + settings.skip, plan.visited[0])
+        running.check_frames(settings, targets, plan.schedule, plan.kept, first)
+    ended = replace(settings, end_at_step=plan.kept[-1]) if settings.end_at_sigma > 0 else settings
     given = {name for name in job.values if getattr(settings, name) != Settings.__dataclass_fields__[name].default}
-    for line in [*said, *clamped(settings, len(plan.schedule) - 1), *job.without_effect(settings, given, True)]:
+    for line in [*said, *clamped(ended, len(plan.schedule) - 1), *job.without_effect(settings, given, True)]:
         note(line)
     stops.writing = True
     unread = 0
@@ -356,6 +413,8 @@ def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
     from . import running
 
     saved = trajectory.load(path)
+    if "comfyui" in paths:
+        return _to_comfyui(job, saved, path, paths, stops)
     if saved.source.ndim != 4 or tuple(saved.source.shape[:2]) != (1, 3):
         raise ValueError(f"{path}: latents {tuple(saved.source.shape)} are not one picture's (1, 3, height, width)")
     model = saved.info.get("model")
@@ -366,18 +425,47 @@ def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
             f"{path}: of type {saved.prediction}, where its model {model!r} is {running.PREDICTION[model]}"
         )
     before = parse(_cli_settings(saved.settings), "cli")
-    settings = parse({**_cli_settings(saved.settings), **job.values}, "cli")
+    swept = {"guide": False, "film": "noising"} if _sweeps(paths) else {}  # of the run that was saved, not asked for
+    settings = parse({**_cli_settings(saved.settings), **swept, **job.values}, "cli")
+    if _sweeps(paths) and (errors := sweep_refusals(settings, "--sweep")):
+        raise SettingsError(errors)
     if settings.model != model:
         raise ValueError(f"{path}: made by model {model!r}, where its settings say {settings.model!r}")
-    said = running.check_resume(saved, settings, "sampler" in job.values, "resample" in paths)
-    running.check_frames(paths.get("frames"), settings, saved.sigmas)
+    targets = running.Targets(**paths)
+    said = running.check_resume(saved, settings, "sampler" in job.values, targets)
     if "resample" in paths and saved.replay is not None:
         said += clamped(replace(settings, end_at_step=saved.start), len(saved.schedule) - 1)
     given = {name for name in job.values if getattr(settings, name) != getattr(before, name)}
     for line in [*said, *job.without_effect(settings, given, False)]:
         note(line)
     stops.writing = True
-    running.resume(saved, settings, running.Targets(**paths), "sampler" in job.values)
+    running.resume(saved, settings, targets, "sampler" in job.values)
+    _report(paths)
+    return 0
+
+
+def _to_comfyui(job: Job, saved: Any, path: Path, paths: Paths, stops: Stops) -> int:
+    """A latents file's levels as ComfyUI's, whatever model they are of."""
+    from ..core import comfy
+
+    if saved.source.shape[1] == 3:
+        raise ValueError(f"--comfyui: {path} is of an embedded model; {PIXELS}")
+    others = [flag(target) for target in paths if target != "comfyui"]
+    if others:
+        raise ValueError(f"{others[0]}: {path} is a WebUI's, of which only --comfyui can be made here")
+    if saved.blended:
+        raise ValueError(f"--comfyui: the levels in {path} are masked (format 1), not what a sampler goes on from")
+    form = job.form or saved.info.get("latent format") or ""
+    if not form:
+        known = ", ".join(LATENT_FORMATS)
+        raise ValueError(f"--comfyui: {path} does not name its latent format; name it with --latent-format ({known})")
+    channels = saved.source.shape[1]
+    if LATENT_FORMATS.get(form, channels) != channels:
+        raise ValueError(f"--latent-format: {form} has {LATENT_FORMATS[form]} channels, and {path} has {channels}")
+    for line in job.without_effect(parse(job.values, "cli"), set(job.values), False):
+        note(line)
+    stops.writing = True
+    comfy.save_latent(saved, form, paths["comfyui"])
     _report(paths)
     return 0
 

@@ -19,8 +19,14 @@ TARGETS = {
     "latents": (".safetensors",),
     "resample": (".png",),
     "report": (".png",),
+    "sweep": (".gif", ".webp", ".apng", ".png", ".mp4"),
+    "sweep_pictures": (),
+    "comfyui": (".latent",),
 }
 """Where results go: each target's file endings; none is a folder."""
+
+MOVING = ("animation", "sweep")
+"""Targets that are animations."""
 
 FORMAT_OF = {".gif": "gif", ".webp": "webp", ".apng": "apng", ".png": "apng", ".mp4": "mp4"}
 FRAME_NAME = re.compile(r"\d{5,}_sigma_\d+\.\d{4}\.png")
@@ -49,7 +55,16 @@ class Place:
 
 def flag(target: str) -> str:
     """The option that names a target."""
-    return "-o" if target == "animation" else f"--{target}"
+    return {"animation": "-o", "sweep_pictures": "--sweep"}.get(target, f"--{target}")
+
+
+def places(given: Mapping[str, object]) -> dict[str, Place]:
+    """The outputs by target; a sweep into a folder is its pictures, not an animation."""
+    found = {target: place for target, place in given.items() if isinstance(place, Place) and target in TARGETS}
+    sweep = found.get("sweep")
+    if sweep is not None and (sweep.folder or not sweep.path.suffix):
+        found["sweep_pictures"] = found.pop("sweep")
+    return found
 
 
 # Pictures
@@ -157,7 +172,7 @@ def _named_wrong(target: str, path: Path, folder: bool, count: int, format: str 
         return [f"{called}: {path} does not end in {' or '.join(endings)}, nor in / for a folder"]
     if count > 1:
         return [f"{called}: {count} pictures do not go into one file; {path}/ would be a folder"]
-    if target == "animation" and format not in (None, FORMAT_OF[path.suffix.lower()]):
+    if target in MOVING and format not in (None, FORMAT_OF[path.suffix.lower()]):
         return [f"--format: {format} is not what {path} ends in; a file's ending is its format"]
     return []
 
@@ -165,7 +180,7 @@ def _named_wrong(target: str, path: Path, folder: bool, count: int, format: str 
 def _own(target: str, folder: Path, name: str, format: str | None) -> Path:
     if not TARGETS[target]:
         return folder / name
-    return folder / (name + (f".{format or 'gif'}" if target == "animation" else TARGETS[target][0]))
+    return folder / (name + (f".{format or 'gif'}" if target in MOVING else TARGETS[target][0]))
 
 
 def _unwritable(made: Iterable[Paths]) -> list[str]:
@@ -191,7 +206,7 @@ def _overwritten(made: Iterable[Paths], sources: Iterable[Path]) -> list[str]:
     for paths in made:
         for target, path in paths.items():
             final = files.target(path)
-            if final in read or (target == "frames" and final in homes):
+            if final in read or (not TARGETS[target] and final in homes):
                 errors.append(f"{flag(target)}: {path} would overwrite what it is made from")
             if final in taken:
                 errors.append(f"{flag(target)}: {path} is the output of {taken[final]} too")

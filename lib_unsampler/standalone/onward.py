@@ -6,24 +6,27 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from ..core import inversion, replay
-from ..core.noising import SeededDraws, blend, unsample
+from ..core.guidance import skip_residual
+from ..core.noising import SeededDraws, add_noise, blend, normalize_noise, unsample
 from ..core.replay import Recording
 from ..core.schedule import Levels, levels
 from ..core.trajectory import Trajectory
-from ..pictures import animation, render
+from ..pictures import render
 from ..settings import Settings, to_infotext
 from . import sampling
 from .embedded import Denoiser, guided, make_model, masked
 
 WRITTEN_BY = "Batch Unsampler"
 """What the text in every file begins with."""
+Listen = Callable[[int, Tensor, Tensor], None]
+"""Told each step of a sampling: its number from 0, the state before it, and the model's estimate."""
 PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
 
 
@@ -46,10 +49,16 @@ def _model(settings: Settings, prompts: tuple[str, str], scale: float, source: T
 
 
 @contextmanager
-def bar(name: str, steps: int | None, quiet: bool) -> Iterator[Callable[[Any], None]]:
-    """A progress bar with a name, as the callback of a sampler."""
+def bar(name: str, steps: int | None, quiet: bool, listen: Listen | None = None) -> Iterator[Callable[[Any], None]]:
+    """A progress bar with a name, as the callback of a sampler; ``listen`` is told each step too."""
     with tqdm(total=steps, desc=name, unit="step", disable=quiet) as shown:
-        yield lambda _: shown.update()
+
+        def callback(info: Any) -> None:
+            if listen is not None:
+                listen(int(info["i"]), info["x"], info["denoised"])
+            shown.update()
+
+        yield callback
 
 
 def first_draw(settings: Settings, schedule: Tensor, start: int) -> int:
@@ -62,6 +71,22 @@ def resampler(settings: Settings) -> str:
     return inversion.kin(settings.sampler, settings.solver)[0] if settings.mode == "invert" else settings.sampler
 
 
+def shared_levels(source: Tensor, schedule: Tensor, settings: Settings) -> Callable[[int], Tensor]:
+    """Z of any schedule index with shared noise."""
+    noise = SeededDraws((settings.seed,), tuple(source.shape[1:]))(0)
+    noise = normalize_noise(noise) if settings.normalize else noise
+    return lambda index: add_noise(source, noise, schedule[index], PREDICTION[settings.model])
+
+
+def guide_by(level: Callable[[int], Tensor], schedule: Tensor, start: int, settings: Settings) -> sampling.Guide | None:
+    """What draws the resampling from schedule index ``start`` towards the levels, if it is to be drawn."""
+    if not settings.guide:
+        return None
+    times = [sampling.timestep(float(sigma), PREDICTION[settings.model]) for sigma in schedule[start:-1]]
+    asked = settings.guide_alpha, settings.guide_strength, settings.guide_from, settings.guide_until
+    return sampling.Guide(skip_residual(times, *asked), lambda step: level(start + step))
+
+
 def carry_back(
     z: Tensor,
     source: Tensor,
@@ -70,20 +95,23 @@ def carry_back(
     settings: Settings,
     sampler: str,
     first: int,
-    path: Path,
     quiet: bool,
-) -> None:
-    """Carries the hand-off latent down the rest of the schedule and writes the picture it becomes.
+    guide: sampling.Guide | None = None,
+    listen: Listen | None = None,
+) -> Image.Image:
+    """The picture that a level becomes when it is carried down the rest of the schedule.
 
     Arguments:
         z: The unmasked latent at ``sigmas[0]`` with shape (1, 3, H, W).
         first: The first draw that the sampler may use.
+        guide: What it is drawn towards, if anything.
+        listen: Told each step, if anybody wants to know.
     """
     model = resampling_model(settings, source, mask)
     steps = None if sampler in ("dpm_fast", "dpm_adaptive") else len(sigmas) - 1
-    with bar("sampling back", steps, quiet) as callback:
-        clean = sampling.sample(model, z, sigmas, sampler, (settings.seed,), first, callback)
-    animation.write_png(path, render.to_pictures(blend(clean, source, mask))[0], parameters(settings))
+    with bar("sampling back", steps, quiet, listen) as callback:
+        clean = sampling.sample(model, z, sigmas, sampler, (settings.seed,), first, callback, guide)
+    return render.to_pictures(blend(clean, source, mask))[0]
 
 
 def recorded_levels(plan: Levels, settings: Settings) -> Levels:
@@ -110,17 +138,24 @@ def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None
 
 
 def play_back(
-    recording: Recording, skip: int, source: Tensor, mask: Tensor | None, settings: Settings, path: Path, quiet: bool
-) -> None:
-    """Samples a recording under the resampling's prompts and writes the picture it becomes.
+    recording: Recording,
+    skip: int,
+    source: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    quiet: bool,
+    listen: Listen | None = None,
+) -> Image.Image:
+    """The picture that a recording becomes under the resampling's prompts.
 
     Arguments:
         skip: Steps to leave out at the recording's beginning.
+        listen: Told each step, if anybody wants to know.
     """
     model, function = resampling_model(settings, source, mask), sampling.function(settings.sampler)
-    with bar("sampling back", len(recording.states) - skip, quiet) as callback:
+    with bar("sampling back", len(recording.states) - skip, quiet, listen) as callback:
         clean = replay.replay(function, model, recording.sigmas, recording, skip, callback=callback, disable=True)
-    animation.write_png(path, render.to_pictures(clean)[0], parameters(settings))
+    return render.to_pictures(clean)[0]
 
 
 def check_saved(saved: Trajectory, recording: Recording, settings: Settings) -> int:

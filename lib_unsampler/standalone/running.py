@@ -5,10 +5,11 @@ Everything streams: a level is noised, shown, written and dropped, unless its la
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -16,31 +17,37 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import inversion, replay, trajectory
+from ..core.held import every_level, unguidable
 from ..core.noising import SeededDraws, walk
-from ..core.schedule import Levels, levels
+from ..core.schedule import Levels, levels, noisy, step_at
 from ..core.trajectory import Trajectory
 from ..pictures import animation, render, roundtrip
 from ..pictures.background import Background
-from ..pictures.progression import Frame, Scene, Visit, frames
+from ..pictures.film import Film
+from ..pictures.progression import Frame, Scene, Visit, frames, stills
 from ..pictures.reel import Reel, timing
 from ..settings import Settings
 from . import memory, sampling
 from .embedded import Denoiser, make_model
-from .folders import FRAME_NAME
+from .folders import flag
 from .onward import (
     PREDICTION,
-    WRITTEN_BY,
+    Listen,
     carry_back,
     check_saved,
     first_draw,
+    guide_by,
     parameters,
     play_back,
     record,
     recorded_levels,
     remaining,
     resampler,
+    shared_levels,
     source_model,
 )
+from .stills import Stills, foreign
+from .sweeping import Sweep
 from .walkback import WalkBack, round_trip, walk_back
 
 DEFAULT_STEPS = 20
@@ -63,24 +70,92 @@ class Targets:
     latents: Path | None = None
     resample: Path | None = None
     report: Path | None = None
+    sweep: Path | None = None
+    sweep_pictures: Path | None = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether anything is sampled back to a picture."""
+        return bool(self.resample or self.sweeps)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether a strength sweep is wanted."""
+        return bool(self.sweep or self.sweep_pictures)
+
+    def films(self, settings: Settings) -> bool:
+        """Whether the sampling back is shown."""
+        shows = bool(self.animation or self.frames or self.sheet)
+        return shows and bool(self.resample) and settings.film != "noising"
 
 
-def check(settings: Settings, resamples: bool) -> list[str]:
+@dataclass(frozen=True, eq=False)
+class Story:
+    """What the frames show, by schedule index: the noising, least noisy first, then the sampling.
+
+    Attributes:
+        schedule: The descending schedule, with shape (n + 1).
+        clean: Whether the source comes first.
+        noising: The noising's levels.
+        film: The steps of the sampling, which ends with its picture; empty where it is not shown.
+    """
+
+    schedule: Tensor
+    clean: bool
+    noising: Sequence[int]
+    film: Sequence[int]
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise level of every frame, 0 for the source and for the picture that comes back."""
+        said = [0.0] * self.clean + self.schedule[list(self.noising)].tolist()
+        return said + ([*self.schedule[list(self.film)].tolist(), 0.0] if self.film else [])
+
+
+def story(settings: Settings, targets: Targets, schedule: Tensor, kept: Sequence[int], first: int) -> Story:
+    """What the frames of a run show.
+
+    Arguments:
+        kept: The kept levels' schedule indices, least noisy first.
+        first: The schedule index at which sampling back begins.
+    """
+    films = targets.films(settings)
+    noising = settings.film == "both" or not films
+    film = [index for index in reversed(kept) if index >= first] if films else []
+    return Story(schedule, settings.include_clean and noising, kept if noising else (), film)
+
+
+def check(settings: Settings, targets: Targets) -> list[str]:
     """Refuses what the embedded model cannot do, before any work; returns what there is to say before it.
 
     Raises:
         ValueError: for an unknown prompt, or a sampler that is wrong for the mode or the prediction type.
     """
-    said = inversion.kin(settings.sampler, settings.solver)[1] if settings.mode == "invert" else None
+    said, resamples, plan = [], targets.samples, plan_levels(settings)
+    if settings.mode == "invert" and (kin := inversion.kin(settings.sampler, settings.solver)[1]):
+        said.append(kin + (f", and sampled back by {resampler(settings)}" if resamples else ""))
     names = ["positive", "negative"] if resamples or settings.mode != "noise" else []
     _check_prompts(settings, names + (["resample_positive", "resample_negative"] if resamples else []))
     if settings.mode == "replay":
-        sigmas = remaining(recorded_levels(plan_levels(settings), settings))
-        replay.check_function(sampling.function(settings.sampler), sigmas)
+        replay.check_function(sampling.function(settings.sampler), remaining(recorded_levels(plan, settings)))
     if (resamples and settings.mode == "noise") or settings.mode == "replay":
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
-    back = f", and sampled back by {resampler(settings)}" if said and resamples else ""
-    return [said + back] if said else []
+    _check_steps(settings, targets, resampler(settings), remaining(plan))
+    if settings.end_at_sigma > 0 and not step_at(plan.schedule, settings.end_at_sigma)[1]:
+        lowest = float(plan.schedule[plan.kept[-1]])
+        said.append(f"end_at_sigma: {settings.end_at_sigma:g} is below the lowest level; it ends at {lowest:.4g}")
+    return said
+
+
+def _check_steps(settings: Settings, targets: Targets, sampler: str, sigmas: Tensor) -> None:
+    """What guide and film need of the resampling's sampler."""
+    if settings.guide and targets.resample:
+        sampling.check_walks(sampler, sigmas)
+    walks = "sigmas" in inspect.signature(sampling.function(sampler)).parameters
+    if targets.films(settings) and not walks:
+        raise ValueError(
+            f"film: {settings.film} needs a sampler that walks the schedule; {sampler!r} chooses its own steps"
+        )
 
 
 def _check_prompts(settings: Settings, names: list[str]) -> None:
@@ -91,18 +166,24 @@ def _check_prompts(settings: Settings, names: list[str]) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
-def check_resume(saved: Trajectory, settings: Settings, chosen: bool, resamples: bool) -> list[str]:
+def check_resume(saved: Trajectory, settings: Settings, chosen: bool, targets: Targets) -> list[str]:
     """As :func:`check`, of a saved trajectory.
 
     Arguments:
         chosen: Whether the sampler is a new choice, not the trajectory's.
     """
-    if saved.replay is not None:
-        check_saved(saved, saved.replay, settings)
+    resamples = targets.samples
+    skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
+    check_frames(settings, targets, saved.schedule, kept_indices(saved), first_sampled(saved, skip))
     names = ["positive", "negative"] if resamples or settings.panel else []
     _check_prompts(settings, names + (["resample_positive", "resample_negative"] if resamples else []))
     if not resamples:
         return []
+    if settings.guide and targets.resample and (why := unguidable(saved)):
+        raise ValueError(f"guide: the file cannot guide; {why}")
+    if targets.sweeps and saved.blended:
+        raise ValueError("--sweep: the file's levels are masked (format 1), of which only the noisiest can be sampled")
+    _check_steps(settings, targets, settings.sampler if chosen else resampler(settings), saved.remaining)
     inverted = settings.mode == "invert"
     if not inverted or chosen:
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
@@ -117,25 +198,27 @@ def check_resume(saved: Trajectory, settings: Settings, chosen: bool, resamples:
     return []
 
 
-def check_frames(folder: Path | None, settings: Settings, sigmas: Tensor) -> None:
-    """Refuses to write frames over files that this program did not make.
+def check_frames(settings: Settings, targets: Targets, schedule: Tensor, kept: Sequence[int], first: int) -> None:
+    """Refuses to write frames over files that this program did not make; see :func:`story`.
 
     Raises:
         ValueError: naming the first.
     """
-    if folder is None or not folder.is_dir():
-        return
-    for number, sigma in enumerate(_shown_sigmas(settings, sigmas.tolist())):
-        path = frame_path(folder, number, sigma)
-        if os.path.lexists(path) and not is_ours(path):
-            raise ValueError(f"--frames: {path} was not written by this program; name another folder")
+    shown, swept = story(settings, targets, schedule, kept, first).sigmas, schedule[list(kept)].tolist()
+    for target, folder, sigmas in (
+        ("frames", targets.frames, shown),
+        ("sweep_pictures", targets.sweep_pictures, swept),
+    ):
+        for path in foreign(folder, sigmas):
+            raise ValueError(f"{flag(target)}: {path} was not written by this program; name another folder")
 
 
-def check_animation(path: Path | None, settings: Settings, sigmas: list[float], size: tuple[int, int]) -> None:
+def check_animation(target: str, path: Path | None, settings: Settings, sigmas: list[float], size: list[int]) -> None:
     """Refuses an animation that its format cannot hold.
 
     Arguments:
-        size: Width and height of a picture.
+        sigmas: The noise level of every frame.
+        size: Height and width of a frame.
 
     Raises:
         ValueError: saying what is too long or too large.
@@ -143,29 +226,21 @@ def check_animation(path: Path | None, settings: Settings, sigmas: list[float], 
     if path is None:
         return
     animation.check_format(path.suffix.lower())
-    form, width = animation.FORMATS[path.suffix.lower()], size[0] * (3 if settings.panel else 1)
-    longest = timing(settings, _shown_sigmas(settings, sigmas)).longest()
+    form, (height, width) = animation.FORMATS[path.suffix.lower()], size
+    longest = timing(settings, sigmas).longest()
     if longest > form.ticks / form.ticks_per_second:
         most = form.ticks / form.ticks_per_second
         raise ValueError(f"duration: a frame of {path} is shown {longest:g} s, above the format's {most:g} s")
-    if max(width, size[1]) > form.side:
-        raise ValueError(f"-o: frames of {width} x {size[1]} in {path} are above the format's {form.side}; see --size")
+    if max(width, height) > form.side:
+        called = f"{flag(target)}: frames of {width} x {height} in {path}"
+        raise ValueError(f"{called} are above the format's {form.side}; see --size")
 
 
-def frame_path(folder: Path, number: int, sigma: float) -> Path:
-    """Where a frame is written."""
-    return folder / f"{number:05d}_sigma_{sigma:.4f}.png"
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file is a picture that this program wrote, by the text in it."""
-    with suppress(Exception), Image.open(path, formats=["PNG"]) as picture:
-        return str(picture.info.get("parameters", "")).startswith(WRITTEN_BY)
-    return False
-
-
-def _shown_sigmas(settings: Settings, sigmas: list[float]) -> list[float]:
-    return [0.0] * settings.include_clean + sigmas
+def _check_animations(settings: Settings, targets: Targets, told: Story, kept: Sequence[int], source: Tensor) -> None:
+    height, width = source.shape[-2:]
+    panel = [height, width * (3 if settings.panel else 1)]
+    check_animation("animation", targets.animation, settings, told.sigmas, panel)
+    check_animation("sweep", targets.sweep, settings, told.schedule[list(kept)].tolist(), [height, width])
 
 
 def plan_levels(settings: Settings) -> Levels:
@@ -175,7 +250,10 @@ def plan_levels(settings: Settings) -> Levels:
         ValueError: for a scheduler that the model cannot have.
     """
     sigmas = sampling.get_sigmas(settings.scheduler, settings.steps or DEFAULT_STEPS, PREDICTION[settings.model])
-    return levels(sigmas, max(settings.end_at_step, 0), settings.step_increment)
+    end = max(settings.end_at_step, 0)
+    if settings.end_at_sigma > 0:
+        end, _ = step_at(sigmas, settings.end_at_sigma)
+    return levels(sigmas, end, settings.step_increment)
 
 
 def unsample_picture(
@@ -183,8 +261,11 @@ def unsample_picture(
 ) -> list[str]:
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan, inverts = plan_levels(settings), settings.mode == "invert"
-    check_animation(targets.animation, settings, plan.sigmas.tolist(), (source.shape[-1], source.shape[-2]))
+    start = plan.kept[-1]
     records = settings.mode == "replay" and bool(targets.latents or targets.resample)
+    first = recorded_levels(plan, settings).kept[-1] if records else start
+    told = story(settings, targets, plan.schedule, plan.kept, first)
+    _check_animations(settings, targets, told, plan.kept, source)
     if records:
         steps = len(recorded_levels(plan, settings).visited)
         memory.check(RECORDED_COPIES * 4 * steps * source.numel(), f"the {steps} levels of a replay")
@@ -193,20 +274,52 @@ def unsample_picture(
     walked = noised(source, plan, settings) if walked_back is None else walked_back.kept(plan)
     seen = {} if walked_back is None else walked_back.estimates
     scene = Scene(source, plan.schedule, PREDICTION[settings.model], settings.view, mask, seen)
+    recording = record(source, plan, settings, mask, quiet) if records else None
+    level = shared_levels(source, plan.schedule, settings)
+    if walked_back is not None:
+        level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
+    back = Back(scene, settings, resampler(settings), level, recording, 0)
     with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
-        last = _write(walked, scene, list(plan.kept), settings, targets, quiet, kept)
-        recording = None
-        if records:
-            recording = record(source, plan, settings, mask, quiet)
+        _write(walked, scene, told, plan, back, settings, targets, quiet, kept)
         if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
-    if targets.resample and recording is not None:
-        play_back(recording, 0, source, mask, settings, targets.resample, quiet)
-    elif targets.resample:
-        first = first_draw(settings, plan.schedule, plan.kept[-1])
-        way = (remaining(plan), settings, resampler(settings), first)
-        carry_back(last, source, mask, *way, targets.resample, quiet)
     return [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Back:
+    """How a picture's levels are sampled back.
+
+    Attributes:
+        scene: The picture.
+        settings: What is asked for.
+        sampler: Who samples.
+        level: z of any executed schedule index, where a guide is wanted.
+        recording: The noises of a replay, if it is one.
+        skip: Steps to leave out at the recording's beginning.
+    """
+
+    scene: Scene
+    settings: Settings
+    sampler: str
+    level: Callable[[int], Tensor]
+    recording: replay.Recording | None
+    skip: int
+
+    def __call__(self, index: int, z: Tensor, quiet: bool, listen: Listen | None = None) -> Image.Image:
+        """The picture that z of a schedule index becomes; ``listen`` is told the schedule index of each step."""
+        scene, settings = self.scene, self.settings
+        first = index
+        if self.recording is not None:
+            states = len(self.recording.states)
+            first = len(scene.schedule) - 1 - states + min(self.skip, states - 1)
+        heard = None if listen is None else lambda step, x, seen: listen(first + step, x, seen)
+        if self.recording is not None:
+            return play_back(self.recording, self.skip, scene.source, scene.mask, settings, quiet, heard)
+        guide = guide_by(self.level, scene.schedule, index, settings)
+        draw = first_draw(settings, scene.schedule, index)
+        way = (scene.schedule[index:], settings, self.sampler, draw)
+        return carry_back(z, scene.source, scene.mask, *way, quiet, guide, heard)
 
 
 def noised(source: Tensor, plan: Levels, settings: Settings) -> Iterator[tuple[int, Tensor]]:
@@ -257,88 +370,119 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool
     Arguments:
         chosen: Whether the sampler is a new choice, not the trajectory's.
     """
-    size = (saved.source.shape[-1], saved.source.shape[-2])
-    check_animation(targets.animation, settings, saved.sigmas.tolist(), size)
     skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
-    indices = _indices(saved)
+    indices = kept_indices(saved)
+    told = story(settings, targets, saved.schedule, indices, first_sampled(saved, skip))
+    _check_animations(settings, targets, told, indices, saved.source)
     model = source_model(settings, saved.source, None)
     seen = {i: model(z, sigma.reshape(1)) for i, sigma, z in zip(indices, saved.sigmas, saved.z) if settings.panel}
     prediction = PREDICTION[settings.model]
     scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=saved.blended)
-    _write(zip(indices, saved.z), scene, indices, settings, targets, quiet)
-    if targets.resample and saved.replay is not None:
-        play_back(saved.replay, skip, saved.source, saved.mask, settings, targets.resample, quiet)
-    elif targets.resample:
-        sampler, first = (
-            settings.sampler if chosen else resampler(settings),
-            first_draw(settings, saved.schedule, saved.start),
-        )
-        way = (saved.remaining, settings, sampler, first)
-        carry_back(saved.latent, saved.source, saved.mask, *way, targets.resample, quiet)
+    level = every_level(saved, indices, saved.source)
+    sampler = settings.sampler if chosen else resampler(settings)
+    back = Back(scene, settings, sampler, level, saved.replay, skip)
+    plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
+    _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, quiet, handoff=saved.latent)
 
 
-def _indices(saved: Trajectory) -> list[int]:
+def first_sampled(saved: Trajectory, skip: int) -> int:
+    """The schedule index at which sampling back begins; ``skip`` is of a recording's own steps."""
+    if saved.replay is None:
+        return saved.start
+    states = len(saved.replay.states)
+    return len(saved.schedule) - 1 - states + min(skip, states - 1)
+
+
+def kept_indices(saved: Trajectory) -> list[int]:
     """The schedule index of each saved level (the embedded schedules repeat no sigma)."""
     return [int((saved.schedule == sigma).nonzero()[0]) for sigma in saved.sigmas]
 
 
 def shown(
-    walked: Iterable[tuple[int, Tensor]], scene: Scene, settings: Settings, visit: Visit = lambda *_: True
+    walked: Iterable[tuple[int, Tensor]],
+    scene: Scene,
+    settings: Settings,
+    visit: Visit = lambda *_: True,
+    clean: bool | None = None,
 ) -> Iterator[Frame]:
-    """The frames of one picture's levels, least noisy first."""
+    """The frames of one picture's levels, least noisy first; ``clean`` overrules the settings' include_clean."""
+    begins = settings.include_clean if clean is None else clean
+    return frames(walked, scene, begins, render.to_pictures, _chunk(scene), visit)
 
-    def decode(latents: Tensor) -> list[Image.Image]:
-        return render.to_pictures(latents)
 
-    chunk = max(1, CHUNK_VALUES // scene.source.numel())
-    return frames(walked, scene, settings.include_clean, decode, chunk, visit)
+def _chunk(scene: Scene) -> int:
+    return max(1, CHUNK_VALUES // scene.source.numel())
 
 
 def _write(
     walked: Iterable[tuple[int, Tensor]],
     scene: Scene,
-    indices: list[int],
+    told: Story,
+    plan: Levels,
+    back: Back,
     settings: Settings,
     targets: Targets,
     quiet: bool,
     kept: trajectory.Kept | None = None,
-) -> Tensor:
-    """Runs the levels through every writer that is wanted; returns the noisiest z."""
+    handoff: Tensor | None = None,
+) -> None:
+    """Runs the levels through every writer that is wanted, and samples them back.
+
+    Arguments:
+        handoff: Where sampling begins; None is the noisiest z.
+    """
     text, last = parameters(settings), scene.source
-    sigmas = _shown_sigmas(settings, scene.schedule[indices].tolist())
-    before = targets.frames.glob("*.png") if targets.frames else ()
-    stale = {f for f in before if FRAME_NAME.fullmatch(f.name) and is_ours(f)}
 
     def visit(index: int, z: Tensor, masked: Tensor) -> bool:
         nonlocal last
-        last = z
+        last = handoff if handoff is not None and index == plan.kept[-1] else z
         if kept is not None:
             kept.add(z)
-        return True
+        if sweep is not None:
+            sweep.take(index, last)
+        return bool(told.noising)
+
+    def every() -> Iterator[tuple[Frame, str]]:
+        for frame in shown(walked, scene, settings, visit, told.clean):
+            yield frame, ""
+        if told.film and targets.resample:
+            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, quiet)
 
     with ExitStack() as stack:
         background = stack.enter_context(Background())
-        begun = Reel(settings, sigmas, text, background, targets.animation, targets.sheet is not None)
+        sweep = None
+        if targets.sweeps:
+            swept = (settings, plan.sigmas.tolist(), text, targets.sweep, targets.sweep_pictures)
+            sweep = stack.enter_context(Sweep(*swept, partial(back, quiet=True)))
+        begun = Reel(settings, told.sigmas, text, background, targets.animation, targets.sheet is not None)
         reel = stack.enter_context(begun)
-        made = shown(walked, scene, settings, visit)
-        bar = stack.enter_context(tqdm(made, "unsampling", len(sigmas), unit="frame", disable=quiet))
-        for number, frame in enumerate(bar):
-            picture = reel.add(frame.pictures[0], frame.index, None)
-            if targets.frames:
-                path = frame_path(targets.frames, number, frame.sigma)
-                size = 3 * picture.width * picture.height
-                background.submit(size, stale.discard, _write_frame, path, picture, text)
+        folder = Stills(targets.frames, text, background) if targets.frames else None
+        bar = stack.enter_context(tqdm(every(), "unsampling", len(told.sigmas), unit="frame", disable=quiet))
+        for frame, part in bar:
+            picture = reel.add(frame.pictures[0], frame.index, None, part)
+            if folder is not None:
+                folder.add(picture, frame.sigma)
         sheet = reel.finish()
         background.finish()
-    for leftover in stale:  # of an earlier run into the same folder
-        leftover.unlink()
+        if folder is not None:
+            folder.finish()
+        if sweep is not None:
+            sweep.finish()
     if sheet is not None and targets.sheet:
         animation.write_png(targets.sheet, sheet, text)
     if targets.curve:
-        animation.write_png(targets.curve, render.sigma_curve(scene.schedule, indices), text)
-    return last
+        animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
+    if targets.resample and not told.film:
+        animation.write_png(targets.resample, back(plan.kept[-1], last, quiet), text)
 
 
-def _write_frame(path: Path, picture: Image.Image, text: str) -> Path:
-    animation.write_png(path, picture, text)
-    return path
+def _filmed(
+    z: Tensor, scene: Scene, plan: Levels, back: Back, settings: Settings, path: Path, text: str, quiet: bool
+) -> Iterator[tuple[Frame, str]]:
+    """Samples back to a picture, writes it, and shows how it came about."""
+    with Film(path, plan, scene.prediction, settings) as film:
+        picture = back(plan.kept[-1], z, quiet, film.listen)
+        animation.write_png(path, picture, text)
+        for frame in stills(film.levels(), 1, scene.schedule, render.to_pictures, _chunk(scene)):
+            yield frame, "sampling"
+    yield Frame(None, 0.0, [picture]), "result"

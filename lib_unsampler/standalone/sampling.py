@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from ..core.guidance import GuidanceError, Weight, first_calls, mixed, sample_guided
 from ..core.noising import SeededDraws
 from ..settings import STOCHASTIC
 from .embedded import Denoiser
@@ -45,6 +48,33 @@ def check_sampler(sampler: str, prediction: str) -> None:
         )
 
 
+def timestep(sigma: float, prediction: str) -> float:
+    """The timestep, out of 1000, of a noise level: s T on flow, SD 1's own table in sigma space.
+
+    Between two timesteps log sigma is interpolated, as k-diffusion's ``DiscreteSchedule.sigma_to_t`` does.
+    """
+    if prediction == "flow":
+        return 1000.0 * sigma
+    kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    return float(np.interp(np.log(sigma), np.log((1 - kept) / kept) / 2, np.arange(1000)))
+
+
+@dataclass(frozen=True, eq=False)
+class Guide:
+    """What draws a sampling: c of each guided step, from 0, and z of a step."""
+
+    weights: Mapping[int, Weight]
+    level: Callable[[int], Tensor]
+
+
+def check_walks(sampler: str, sigmas: Tensor) -> None:
+    """Raises GuidanceError, by name, for a sampler that does not take a schedule's steps one after the other."""
+    if (sigmas > 0).sum() > 1:
+        first_calls(function(sampler), None, sigmas.new_zeros(1, 1, 1, 1), sigmas)
+    elif "sigmas" not in inspect.signature(function(sampler)).parameters:
+        raise GuidanceError(f"sampler: {sampler!r} chooses its own steps and cannot be guided")
+
+
 def function(sampler: str) -> Callable[..., Tensor]:
     """k-diffusion's own function of a sampler."""
     return getattr(kd, f"sample_{sampler}")
@@ -58,6 +88,7 @@ def sample(
     seeds: tuple[int, ...],
     first: int = 1,
     callback: Callable[[Any], None] | None = None,
+    guide: Guide | None = None,
 ) -> Tensor:
     """Carries latents down a schedule with a k-diffusion sampler.
 
@@ -69,6 +100,7 @@ def sample(
         seeds: One per image, for the noise that stochastic samplers add.
         first: The first draw of each seed that they may use: those before it made z, and are not used again.
         callback: Called once in each step.
+        guide: What the state is drawn towards before each step, if anything.
 
     Returns:
         The latents at the end, with the shape of z. ``dpm_fast`` and ``dpm_adaptive`` end at the
@@ -76,7 +108,7 @@ def sample(
         ``model(z, sigma)``, every sampler's last step (k-diffusion's ``dpmpp_2m_sde`` fails there).
     """
     if (sigmas > 0).sum() == 1:
-        return model(z, sigmas[:1].expand(len(z)))
+        return _last_step(model, z, sigmas, callback, guide)
     own = function(sampler)
     accepted = inspect.signature(own).parameters
     options: dict[str, Any] = {"callback": callback, "disable": True}
@@ -86,12 +118,27 @@ def sample(
         draws = SeededDraws(seeds, tuple(z.shape[1:]))
         counter = iter(range(first, 2**31))
         options["noise_sampler"] = lambda *_: draws(next(counter)).to(z)
+    if guide is not None and guide.weights:
+        calls = first_calls(own, model, z, sigmas, **options)
+        return sample_guided(own, model, z, sigmas, guide.weights, guide.level, calls, **options)
     if "sigmas" in accepted:
         return own(model, z, sigmas, **options)
     span = (float(sigmas[sigmas > 0].min()), float(sigmas[0]))
     if sampler == "dpm_fast":
         options["n"] = len(sigmas) - 1
     return own(model, z, *span, **options)
+
+
+def _last_step(
+    model: Denoiser, z: Tensor, sigmas: Tensor, callback: Callable[[Any], None] | None, guide: Guide | None
+) -> Tensor:
+    """D(z), every sampler's last step."""
+    if guide is not None and 0 in guide.weights:
+        z = mixed(z, guide.level(0).to(z), guide.weights[0])
+    denoised = model(z, sigmas[:1].expand(len(z)))
+    if callback is not None:
+        callback({"i": 0, "x": z, "sigma": sigmas[0], "denoised": denoised})
+    return denoised
 
 
 def noise_steps(sampler: str, sigmas: Tensor) -> tuple[int, ...]:

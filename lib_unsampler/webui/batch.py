@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.held import every_level
 from ..core.inversion import unconverged
 from ..core.noising import add_noise, normalize_noise, walk
 from ..core.replay import Recording
 from ..core.schedule import step_at
 from ..core.trajectory import Trajectory
+from ..pictures.film import Film
 from ..settings import SAMPLING, Settings
 from . import driven, onward, refusals, saved
 from .driven import Batch, Inverted, Plan
-from .film import Film
 from .host.draws import HostDraws, pass_draws
 from .host.progress import add_jobs, stopped
 from .host.request import comment
@@ -148,7 +149,7 @@ class BatchRun:
         if self.settings.film != "noising":
             place = temporary_file(".film")
             self._stack.callback(place.unlink, missing_ok=True)
-            self.film = self._stack.enter_context(Film(place, plan, self.settings))
+            self.film = self._stack.enter_context(Film(place, plan.levels, plan.prediction, self.settings))
         listen = None if self.film is None else self.film.listen
         if self.recording is not None:
             return driven.sample_replayed(batch, plan, self.recording, self.settings.skip, listen)
@@ -196,7 +197,7 @@ class BatchRun:
             reached = {level.index: level.z for level in self.inverted.levels}
             return reached.__getitem__
         if self.file is not None:
-            return saved.every_level(self.file, plan, x)
+            return every_level(self.file, plan.levels.kept, x)
         whole = normalize_noise(noise) if self.settings.normalize else noise
         return lambda index: add_noise(x.float(), whole, plan.levels.schedule[index].to(x.device), plan.prediction)
 

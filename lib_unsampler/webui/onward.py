@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.guidance import Weight, active, first_calls, sample_guided, skip_weight
+from ..core import guidance
+from ..core.guidance import Weight, first_calls, sample_guided
 from ..settings import Settings
 from .driven import Batch, Listen, Plan, listening
 from .host.draws import untouched_draws
@@ -70,12 +71,9 @@ def skip_residual(plan: Plan, timesteps: Callable[[int], float], settings: Setti
     Arguments:
         timesteps: The model's timestep of a schedule index, out of 1000.
     """
-    indices = range(plan.start, len(plan.levels.schedule) - 1)
-    return {
-        index: skip_weight(timesteps(index), settings.guide_alpha, settings.guide_strength)
-        for number, index in enumerate(indices)
-        if active(number, len(indices), settings.guide_from, settings.guide_until) and settings.guide_strength > 0
-    }
+    times = [timesteps(index) for index in range(plan.start, len(plan.levels.schedule) - 1)]
+    asked = settings.guide_alpha, settings.guide_strength, settings.guide_from, settings.guide_until
+    return {plan.start + step: c for step, c in guidance.skip_residual(times, *asked).items()}
 
 
 def own_levels(strengths: Tensor, total: int, start: int) -> Tensor:

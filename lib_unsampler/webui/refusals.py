@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from ..core import comfy
+from ..core.held import unguidable
 from ..core.inversion import kin
 from ..core.replay import check_function
 from ..core.schedule import Levels, step_at
@@ -149,7 +150,7 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     why = saved.refusal(file, prediction_type(p.sd_model), images, size, schedule, factor())
     if why:
         raise ValueError(f"trajectory: {name!r} does not fit: {why}")
-    if "guide" in settings.output and (why := saved.unguidable(file)):
+    if "guide" in settings.output and (why := unguidable(file)):
         raise ValueError(f"trajectory: {name!r} cannot guide: {why}")
     if "strength sweep" in settings.output and file.blended:
         raise ValueError(f"trajectory: {name!r} cannot be swept: its levels are masked (a file of format 1)")

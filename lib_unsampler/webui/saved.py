@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..core.noising import add_noise, implied_noise
 from ..core.schedule import Levels, noisy
 from ..core.trajectory import Trajectory
 from .driven import Plan
@@ -71,39 +70,6 @@ def plan(saved: Trajectory, total: int, own_start: int | None) -> Plan:
         kept.append(next(i for i in range(kept[-1] + 1, len(schedule)) if schedule[i] == sigma))
     levels = Levels(schedule, tuple(range(noisy(schedule) - 1, saved.start - 1, -1)), tuple(reversed(kept)))
     return Plan(levels, saved.prediction, total, own_start in (None, saved.start))
-
-
-def unguidable(saved: Trajectory) -> str | None:
-    """Why a file's levels cannot guide, if they cannot.
-
-    Guidance needs one noise through all levels, every executed level, and z as a sampler knows it.
-    """
-    asked = saved.settings
-    mode, noise = asked.get("mode", "noise"), asked.get("noise", "shared")
-    if saved.blended:
-        return "its levels are masked (a file of format 1), from which only sampling can begin (output init)"
-    if mode == "replay" or (mode == "noise" and noise != "shared"):
-        made = "mode replay" if mode == "replay" else f"noise {noise!r}"
-        return f"it was made with {made}, whose levels have no noise in common"
-    missing = int((saved.schedule[saved.start :] > 0).sum()) - len(saved.z)
-    if mode != "noise" and missing > 0:
-        return f"it lacks {missing} of the levels that are sampled; save it with a step_increment of 1"
-    return None
-
-
-def every_level(saved: Trajectory, plan: Plan, like: Tensor) -> Callable[[int], Tensor]:
-    """Z of any executed level by schedule index; of shared noise, also one that the file does not hold."""
-    held = dict(zip(plan.levels.kept, saved.z))
-    sigma = saved.sigmas[-1]
-    noise = implied_noise(saved.z[-1].float(), saved.source.float(), sigma, saved.prediction)
-
-    def level(index: int) -> Tensor:
-        if index in held:
-            return held[index].to(like).expand_as(like)
-        made = add_noise(saved.source.float(), noise, plan.levels.schedule[index], saved.prediction)
-        return made.to(like).expand_as(like)
-
-    return level
 
 
 def walk(saved: Trajectory, plan: Plan, like: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -1,4 +1,4 @@
-"""The sampling as a film: img2img's own states, or what the model sees in them, kept on disk and shown after it."""
+"""The sampling as a film: its own states, or what the model sees in them, kept on disk and shown after it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,25 @@ from pathlib import Path
 from torch import Tensor
 
 from ..core.noising import variance_preserving
+from ..core.schedule import Levels
 from ..core.trajectory import Kept
 from ..settings import Settings
-from .driven import Plan
 
 
 class Film:
     """The steps of one batch's sampling that are kept, noisiest first; forgotten on exit."""
 
-    def __init__(self, path: Path, plan: Plan, settings: Settings) -> None:
-        """``path`` is a file in whose folder the states may lie; it is never made."""
-        self._plan, self._settings = plan, settings
-        self._wanted = set(plan.levels.kept)
+    def __init__(self, path: Path, levels: Levels, prediction: str, settings: Settings) -> None:
+        """Begins.
+
+        Arguments:
+            path: A file in whose folder the states may lie; it is never made here.
+            levels: The walk; of its schedule the kept steps are taken.
+            prediction: ``eps``, ``v`` or ``flow``.
+            settings: How a step is shown.
+        """
+        self._levels, self._prediction, self._settings = levels, prediction, settings
+        self._wanted = set(levels.kept)
         self._stack = ExitStack()
         self._kept = self._stack.enter_context(Kept(path))
         self.indices: list[int] = []
@@ -40,8 +47,8 @@ class Film:
         self.indices.append(index)
 
     def _viewed(self, index: int, state: Tensor) -> Tensor:
-        sigma = self._plan.levels.schedule[index]
-        return state if self._settings.view == "raw" else variance_preserving(state, sigma, self._plan.prediction)
+        sigma = self._levels.schedule[index]
+        return state if self._settings.view == "raw" else variance_preserving(state, sigma, self._prediction)
 
     def levels(self) -> Iterator[tuple[int, Tensor]]:
         """What to decode for each step, as (schedule index, latents)."""
