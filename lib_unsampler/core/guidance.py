@@ -12,8 +12,7 @@ place has the level at which it begins, and is z above it (c = 1), its own below
 
 The sampler's own function is run unchanged. Its state is the very tensor that it hands to the model at a step's first
 call, so it is mixed there, in place, and the sampler's update uses what was mixed. Which calls are the first of a
-step is found out beforehand by a run of the function over a tiny latent with a model that knows nothing: the samplers
-report each step to their ``callback`` right after its first call (k-diffusion's convention).
+step, and that the sampler goes on from that tensor, is found out beforehand (:mod:`.rehearsal`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rehearsal import Sampler, forward, name_of
+from .rehearsal import Sampler, Watched, forward, goes_on_from_shown, name_of
 
 TIMESTEPS = 1000
 """T: the timesteps of the schedules that the models were trained on."""
@@ -97,11 +96,13 @@ def first_calls(function: Sampler, model: Any, x: Tensor, sigmas: Tensor, **opti
             f"sampler: {name_of(function)!r} does not take the schedule's steps one after the other "
             "(with s_churn above 0 none does) and cannot be guided"
         )
+    if not goes_on_from_shown(function, model, x, firsts, sigmas=sigmas, **options):
+        raise GuidanceError(f"sampler: {name_of(function)!r} shows its model a copy of its state; it cannot be guided")
     steps = {call: step for step, call in enumerate(firsts)}
     return [steps.get(call) for call in range(len(counted.shown))]
 
 
-class Guided:
+class Guided(Watched):
     """A denoiser that mixes the sampler's state in place before the first call of each step."""
 
     def __init__(
@@ -121,9 +122,9 @@ class Guided:
             level: z of a step, with the state's shape.
             sampler: Its name, for errors.
         """
-        self._model, self._calls, self._weights, self._level, self._sampler = model, calls, weights, level, sampler
+        super().__init__(model)
+        self._calls, self._weights, self._level, self._sampler = calls, weights, level, sampler
         self._made = 0
-        self._state: Tensor | None = None
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """D of the mixed state."""
@@ -133,34 +134,7 @@ class Guided:
         self._made += 1
         if step is not None and step in self._weights:
             x.copy_(mixed(x, self._level(step).to(x), self._weights[step]))
-            self._state = x
-        return self._model(x, sigma, **extra)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What a sampler sets on its model (CFG++ does) is set on the model, not on this stand-in."""
-        if name.startswith("_"):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._model, name, value)
-
-    def callback(self, inner: Callable[[Mapping[str, Any]], None] | None) -> Callable[[Mapping[str, Any]], None]:
-        """The sampler's callback, which first makes sure that the sampler goes on from what was mixed.
-
-        Raises (when called):
-            GuidanceError: if the model was shown a copy of the state.
-        """
-
-        def called(info: Mapping[str, Any]) -> None:
-            state, self._state = self._state, None
-            if state is not None and info["x"] is not state and not torch.equal(info["x"], state):
-                raise GuidanceError(f"sampler: {self._sampler!r} shows its model a copy of its state; not guidable")
-            if inner is not None:
-                inner(info)
-
-        return called
+        return super().__call__(x, sigma, **extra)
 
 
 def mixed(x: Tensor, z: Tensor, weight: Weight) -> Tensor:
@@ -193,9 +167,8 @@ def sample_guided(
         options: The function's other keywords.
 
     Raises:
-        GuidanceError: if the sampler does not run as it did when tried, or not from what was mixed.
+        GuidanceError: if the sampler does not run as it did when tried.
     """
     guided = Guided(model, calls, weights, level, name_of(function))
-    options["callback"] = guided.callback(options.get("callback"))
     made: Tensor = function(guided, x.clone(), sigmas=sigmas, **options)
     return made

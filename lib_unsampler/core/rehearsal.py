@@ -44,6 +44,34 @@ class StandIn:
         return getattr(self._model, name)
 
 
+class Watched:
+    """A denoiser that notes the state it was shown last; to the sampler it is the denoiser itself."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._shown = torch.empty(0)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """D(x; sigma) of the denoiser."""
+        self._shown = x
+        made: Tensor = self._model(x, sigma, **extra)
+        return made
+
+    def last(self) -> Tensor:
+        """The state of the last call: in a sampler's ``callback``, that of the step's first."""
+        return self._shown
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What a sampler sets on its model (CFG++ does) is set on the model, not on this stand-in."""
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model, name, value)
+
+
 def waves(number: int, like: Tensor) -> Tensor:
     """A latent of one pixel for one image, of numbers that no two ``number`` share; no generator is asked."""
     shape = (1, like.shape[1], *[1] * (like.ndim - 2)) if like.ndim > 1 else (1,)
@@ -147,3 +175,37 @@ def draws_noise(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, 
     """Whether a sampler that takes no ``noise_sampler`` draws noise of its own (``s_churn``)."""
     one, other = (rehearse(function, StandIn(model), waves(0, like), sigmas, options, seed) for seed in (1, 2))
     return not torch.equal(one, other)
+
+
+def goes_on_from_shown(
+    function: Sampler, model: Any, like: Tensor, firsts: Sequence[int], *, sigmas: Tensor, **options: Any
+) -> bool:
+    """Whether the tensor that a sampler shows its model at a step's first call is the state it goes on from.
+
+    The stand-in moves that tensor in place, after it has answered: only a sampler that goes on from it ends elsewhere.
+    Asked of the first step; where there is no other, its answer is the end, whatever the state.
+
+    Arguments:
+        firsts: The number of each step's first call.
+    """
+    if len(firsts) < 2:
+        return True
+    ends = []
+    for moved in (0.0, 0.5):
+        calls = 0
+
+        class Moving(StandIn):
+            def __call__(self, x: Tensor, sigma: Tensor, moved: float = moved, **args: Any) -> Tensor:
+                nonlocal calls
+                denoised = super().__call__(x, sigma, **args)
+                if calls == firsts[0]:
+                    x += moved
+                calls += 1
+                return denoised
+
+        takes = "noise_sampler" in inspect.signature(function).parameters
+        silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
+        ends.append(
+            rehearse(function, Moving(model), waves(0, like), sigmas, options, callback=lambda _: None, **silent)
+        )
+    return not torch.equal(*ends)

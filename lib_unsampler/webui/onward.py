@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core import guidance
 from ..core.guidance import Weight, first_calls, sample_guided
+from ..core.rehearsal import Watched
 from ..settings import Settings
 from .driven import Batch, Listen, Plan, listening
 from .host.draws import untouched_draws
@@ -48,8 +49,11 @@ def sample(
     def run(function: Callable[..., Tensor], model: Any, x: Tensor, **options: Any) -> Tensor:
         x = x if start is None else start.to(x)
         began.append(x.detach().clone())
-        if listen is not None:
-            options["callback"] = listening(plan.start, listen, options.get("callback"))
+        if listen is not None:  # of the states, what the model is shown: some samplers tell their callback another
+            model = watched = Watched(model)
+            options["callback"] = listening(
+                plan.start, lambda index, _, estimate: listen(index, watched.last(), estimate), options.get("callback")
+            )
         if guide is None:
             return function(model, x, **options)
         sigmas = options.pop("sigmas")
