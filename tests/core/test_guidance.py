@@ -216,7 +216,8 @@ def test_what_a_sampler_sets_on_its_model_reaches_the_model(scene: Any) -> None:
         model.wanted = True
         for i in range(len(sigmas) - 1):
             denoised = model(x, sigmas[i].expand(len(x)))
-            callback({"x": x, "i": i})
+            if callback is not None:
+                callback({"x": x, "i": i})
             x = x + (sigmas[i + 1] - sigmas[i]) * (x - denoised) / sigmas[i]
         return x
 
