@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from ..settings import (
     to_infotext,
 )
 from ..settings.effects import clamped
-from . import refusals, shelf
+from . import refusals
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
@@ -44,7 +43,7 @@ from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
 from .onward import StrengthMap
 from .reply import Reply
-from .showing import Showing
+from .showing import Showing, Waiting
 
 PATCHED = ("init", "sample", "save_samples")
 HOST_FIELDS = {f.name for f in surface_fields("host")}
@@ -157,8 +156,7 @@ class Request:
         self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
         self.saved: Trajectory | None = None
         self.runs: list[BatchRun] = []
-        self.showings: list[Showing] = []
-        self.finals: list[Image.Image] = []
+        self.waiting = Waiting()
 
     @property
     def p(self) -> Any:
@@ -184,8 +182,7 @@ class Request:
         if self._own_rounding is not None:
             p.mask_round = self._own_rounding
         if p is self.p:
-            for showing in self.showings:
-                showing.close()
+            self.waiting.close()
             for run in self.runs:
                 run.close()
 
@@ -283,8 +280,9 @@ class Request:
                 )
             if run.inverted is not None:
                 self.inversions.append(run.inverted.told())
-            self.showings.append(Showing(run, self.reply, self._own["save_samples"]))
-            self.showings[-1].make()
+            showing = Showing(run, self.reply, self._own["save_samples"])
+            self.waiting.add(showing)
+            showing.make()
         except Exception as error:
             self._keep(error)
 
@@ -299,33 +297,24 @@ class Request:
         self.error = with_more(error, f"saved before that: {files}") if files else error
         self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
 
-    def _taken(self) -> Exception:
-        error, self.error = self.error, None
-        return error or RuntimeError("nothing failed")
-
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it."""
-        if self.settings.film == "noising" and "strength sweep" not in self.wanted:
-            return
-        self.finals.append(picture.copy())
-        if len(self.finals) == len(self.p.prompts):
-            self._complete()
+        if self.settings.film != "noising" or "strength sweep" in self.wanted:
+            self.waiting.finals.append(picture.copy())
+            if len(self.waiting.finals) == len(self.p.prompts):
+                self._complete()
 
     def _complete(self) -> None:
         """Finishes what waited for the host's own pictures. The host swallows errors here, so they are said."""
-        finals, self.finals = self.finals, []
-        for showing in self.showings:
-            try:
-                showing.complete(finals)
-            except Exception as error:
-                comment(self.p, f"film or sweep: not whole: {type(error).__name__}: {error}")
-        self.showings.clear()
+        for line in self.waiting.complete():
+            comment(self.p, line)
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
-        if self.error is not None:
+        error, self.error = self.error, None
+        if error is not None:
             detach(self.p)
-            raise self._taken()
+            raise error
         return self._own["save_samples"](*args, **kwargs) and self.settings.samples
 
     def hand_over(self, processed: Any) -> None:
@@ -339,17 +328,9 @@ class Request:
         if self.script is not None or not items:
             items = [] if self.settings.samples else self.reply.stand_ins
         put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
-        settings = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
-        folder, films = output_folder(), animation_folder()
-        processed.extra_generation_params = {
-            **processed.extra_generation_params,
-            INFOTEXT_PREFIX + "settings": settings,
-            INFOTEXT_PREFIX + "sigmas": self.reply.sigmas,
-            INFOTEXT_PREFIX + "images": [item.note for item in items],
-            INFOTEXT_PREFIX + "latents": self.reply.latents,
-            INFOTEXT_PREFIX + "latents names": [shelf.name_of(folder, Path(file)) for file in self.reply.latents],
-            **({INFOTEXT_PREFIX + "comfyui": self.reply.comfyui} if self.reply.comfyui else {}),
-            INFOTEXT_PREFIX + "animations names": [shelf.name_of(films, file) for file in self.reply.animations],
-            **({INFOTEXT_PREFIX + "messages": self.messages} if self.messages else {}),
-            **({INFOTEXT_PREFIX + "inversion": self.inversions} if self.inversions else {}),
-        }
+        told = self.reply.told(items, output_folder(), animation_folder())
+        told["settings"] = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
+        told |= {"messages": self.messages} if self.messages else {}
+        told |= {"inversion": self.inversions} if self.inversions else {}
+        ours = {INFOTEXT_PREFIX + key: value for key, value in told.items()}
+        processed.extra_generation_params = {**processed.extra_generation_params, **ours}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from . import shelf
 
 MOST_NAMED = 200
 """Of files in one folder, in an error's text."""
@@ -49,6 +52,22 @@ class Reply:
     def every(self) -> list[Item]:
         """All items, in order."""
         return [item for kind in KINDS for item in self.items[kind]]
+
+    def told(self, items: Sequence[Item], folder: Path, films: Path) -> dict[str, Any]:
+        """What the request's info says of these items and of all files, as plain values.
+
+        Arguments:
+            folder: Where latents files are asked for by name.
+            films: Where animations are.
+        """
+        return {
+            "sigmas": self.sigmas,
+            "images": [item.note for item in items],
+            "latents": self.latents,
+            "latents names": [shelf.name_of(folder, Path(file)) for file in self.latents],
+            "animations names": [shelf.name_of(films, file) for file in self.animations],
+            **({"comfyui": self.comfyui} if self.comfyui else {}),
+        }
 
     def told_files(self) -> str:
         """The saved files by name, folder after folder; of very many in one the first and the last."""

@@ -167,3 +167,32 @@ class Showing:
         pictures = render.to_pictures(torch.stack(decode(self._p, latents)))
         count = len(self._p.prompts)
         return [overlaid(self._p, picture, number % count) for number, picture in enumerate(pictures)]
+
+
+class Waiting:
+    """Batches that end with the host's own pictures, and those pictures as they come."""
+
+    def __init__(self) -> None:
+        self._showings: list[Showing] = []
+        self.finals: list[Image.Image] = []
+
+    def add(self, showing: Showing) -> None:
+        """A batch that is being shown."""
+        self._showings.append(showing)
+
+    def complete(self) -> list[str]:
+        """Finishes what waits, with the pictures that came; what went wrong is returned in words."""
+        finals, self.finals = self.finals, []
+        showings, self._showings = self._showings, []
+        said = []
+        for showing in showings:
+            try:
+                showing.complete(finals)
+            except Exception as error:
+                said.append(f"film or sweep: not whole: {type(error).__name__}: {error}")
+        return said
+
+    def close(self) -> None:
+        """Forgets what is not finished."""
+        for showing in self._showings:
+            showing.close()
