@@ -85,14 +85,14 @@ def photographs(device: str) -> list[Tensor]:
 def crops(pictures: list[Tensor], side: int, each: int, numbers: np.random.Generator) -> Tensor:
     """``each`` random views of every picture, one picture after the other, as bytes (N, 3, side, side).
 
-    A view is half to all of the picture high, somewhat wider or narrower than it is high, squeezed to a square, and
+    A view is three quarters to all of the picture high, somewhat wider or narrower than high, squeezed to a square, and
     mirrored half the time, except where there is writing. Every fourth is the whole picture.
     """
     found = []
     for word, picture in zip(PHOTOGRAPHS, pictures):
         height, width = picture.shape[1:]
         for i in range(each):
-            h = height if i % 4 == 0 else round(height * numbers.uniform(0.5, 1))
+            h = height if i % 4 == 0 else round(height * numbers.uniform(0.75, 1))
             w = width if i % 4 == 0 else min(width, round(h * numbers.uniform(0.8, 1.4)))
             top, left = numbers.integers(height - h + 1), numbers.integers(width - w + 1)
             view = picture[None, :, top : top + h, left : left + w]
