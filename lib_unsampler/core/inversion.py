@@ -31,15 +31,17 @@ sees float32, or the latent's dtype if that is wider.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .fixedpoint import Evaluate, Solved, Solver
-from .joint import Joint, extrapolated
+from .fixedpoint import Evaluate, Solved, Solver, some
+from .joint import Joint, extrapolated, factors
 from .noising import signal_scale
 from .schedule import Levels
 
@@ -183,8 +185,70 @@ def unconverged(walked: Sequence[Level]) -> list[str]:
     ]
 
 
+class Step:
+    """A sampler's step from one level, as what it misses (:mod:`.fixedpoint`'s F) and where to begin looking.
+
+    A step of one call is affine, and its factors are asked of the sampler's function once.
+    """
+
+    def __init__(
+        self, denoise: Callable[..., Tensor], function: Callable[..., Tensor], calls: int, sigmas: Tensor
+    ) -> None:
+        """Arguments:
+        denoise: ``(x, sigma, stage, images) -> D``; stage counts the step's calls.
+        function: The sampler's.
+        calls: How many the step makes.
+        sigmas: Of its start and its end, like the states.
+        """
+        self._denoise, self._function, self._sigmas = denoise, function, sigmas
+        self._affine = None
+        if calls == 1 or sigmas[1] == 0:
+            start, weights = factors(function, sigmas.cpu().double())
+            self._affine = float(start[0]), float(weights[0, 0])
+
+    def onto(self, y: Tensor) -> Evaluate:
+        """F for some images of the batch, with the D and the model calls of its evaluation."""
+
+        def evaluate(x: Tensor, images: np.ndarray) -> tuple[Tensor, Tensor, int]:
+            chosen = None if len(images) == len(y) else torch.from_numpy(images)
+            if self._affine is not None:
+                d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
+                start, weight = self._affine
+                return torch.add(x * start, d, alpha=weight).sub_(some(y, images)), d, 1
+            estimates: list[Tensor] = []
+
+            def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+                estimates.append(self._denoise(x, sigma, len(estimates), chosen))
+                return estimates[-1]
+
+            reached = self._function(denoise, x, self._sigmas, extra_args={}, disable=True)
+            return reached - some(y, images), estimates[0], len(estimates)
+
+        return evaluate
+
+    def predicted(self, y: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+
+        With D given the sampler's step is affine in x, :math:`\\mathrm{step}(x) = \\alpha x + \\gamma`.
+        """
+        if not past:
+            return y
+        if self._affine is not None:
+            start, weight = self._affine
+            return torch.sub(y, extrapolated(past, self._sigmas[0], y), alpha=weight).div_(start)
+
+        def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return extrapolated(past, sigma[0], x)
+
+        def nothing(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return 0 * x
+
+        slope = self._function(nothing, y.new_ones(1, 1), self._sigmas, extra_args={}, disable=True).item()
+        return y + (y - self._function(said, y, self._sigmas, extra_args={}, disable=True)) / slope
+
+
 class _Run:
-    """One inversion: the sampler's function on float64 states, the model where it lives."""
+    """One inversion: the sampler's function, and the model."""
 
     def __init__(
         self,
@@ -205,10 +269,11 @@ class _Run:
         self._per_step = calls_per_step
         self._prediction = prediction
         self._visit = visit
+        self._chunk = sys.maxsize
 
     def _denoise(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
         denoised = self._model(x.to(self._like), sigma.to(self._like), call, images)
-        return denoised.detach().cpu().double()
+        return denoised.detach().to(self._like).contiguous()
 
     def _hand_over(self, index: int, z: Tensor, denoised: Tensor | None, **about: Any) -> None:
         shown = None if denoised is None else denoised.to(self._like)
@@ -267,68 +332,75 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y, past = self._source.cpu().double(), []
+        y, past = self._source.to(self._like).contiguous(), []
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
-                scale = float(self._scale(sigmas[0]))
-                solved = solver.solve(self._step_onto(index, y), self._predicted(y, sigmas, past), sigmas, scale)
+                step, scale = self._step(index), float(self._scale(sigmas[0]))
+                solved = solver.solve(step.onto(y), step.predicted(y, past), sigmas, scale)
                 past = [(sigmas[0], solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
                 solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
             about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
             self._hand_over(index, solved.x, solved.denoised, **about)
             y = solved.x
-        return y.to(self._like)
+        return y
 
-    def _step_onto(self, index: int, y: Tensor) -> Evaluate:
-        """F for some images of the batch, with the D and the model calls of its evaluation."""
-        sigmas = self._schedule[index : index + 2]
+    def _step(self, index: int) -> Step:
         first = self._per_step * (index - self._levels.visited[-1])
 
-        def evaluate(x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, int]:
-            some = None if len(images) == len(y) else images
-            estimates: list[Tensor] = []
+        def denoise(x: Tensor, sigma: Tensor, stage: int, images: Tensor | None) -> Tensor:
+            return self._denoise(x, sigma, first + stage, images)
 
-            def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-                estimates.append(self._denoise(x, sigma, first + len(estimates), some))
-                return estimates[-1]
-
-            reached = self._function(denoise, x, sigmas, extra_args={}, disable=True)
-            return reached - y[images], estimates[0], len(estimates)
-
-        return evaluate
-
-    def _predicted(self, y: Tensor, sigmas: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
-
-        With D given the sampler's step is affine in x, :math:`\\mathrm{step}(x) = \\alpha x + \\gamma`.
-        """
-        if not past:
-            return y
-
-        def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return extrapolated(past, sigma[0], x)
-
-        one = torch.ones(1, 1).double()
-        slope = self._function(lambda x, sigma, **_: 0 * x, one, sigmas, extra_args={}, disable=True)
-        return y + (y - self._function(said, y, sigmas, extra_args={}, disable=True)) / slope.item()
+        return Step(denoise, self._function, self._per_step, self._schedule[index : index + 2].to(self._like))
 
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
-        """All levels at once, for a step that also depends on D one level above."""
-        rising = self._rising()
+        """All levels at once, for a step that also looks at the answer one level above."""
+        rising, start = self._rising(), self._levels.visited[-1]
         sigmas = self._schedule[[rising[0] + 1, *rising]]
-        start = self._levels.visited[-1]
+        source, scales = self._source.to(self._like).contiguous(), self._scale(sigmas[1:])
 
-        def denoise(x: Tensor, sigma: Tensor, place: int, images: Tensor | None) -> Tensor:
-            return self._denoise(x, sigma, rising[place] - start, images)
+        def answer(x: Tensor, places: list[int], images: list[int]) -> Tensor:
+            return self._answers(x, sigmas[1:][places], [rising[place] - start for place in places], images)
 
-        scales = [float(self._scale(sigma)) for sigma in sigmas[1:]]
-        made = Joint(self._function, denoise, self._source.cpu().double(), sigmas, scales)
-        made.solve(tolerance, max_calls)
-        for place, index in enumerate(rising):
-            residual = made.residual[place]
+        first = None
+        if sigmas[0] == 0:
+            solver = Solver(source, tolerance, max_calls)
+            first = solver.solve(self._step(rising[0]).onto(source), source, sigmas[:2].flip(0), float(scales[0]))
+        made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
+        made.solve(first, tolerance, max_calls)
+        residuals, calls = torch.from_numpy(made.residual), torch.from_numpy(made.calls).int()
+        for index, x, d, residual, spent in zip(rising, made.x, made.d, residuals, calls):
             about = {"residual": residual, "converged": residual <= tolerance}
-            self._hand_over_all(index, made.x[place], made.d[place], made.calls[place], **about)
-        return made.x[-1].to(self._like)
+            self._hand_over_all(index, x.view_as(source), d.view_as(source), spent, **about)
+        return made.x[-1].view_as(source)
+
+    def _answers(self, x: Tensor, sigmas: Tensor, calls: list[int], images: list[int]) -> Tensor:
+        """D of states of several levels, sorted by call: together where the model takes that, else by level."""
+        stacked = getattr(self._model, "stacked", None)
+        if stacked is not None:
+            return self._in_chunks(stacked, x, sigmas.to(self._like), torch.tensor(calls), torch.tensor(images))
+        answers: list[Tensor] = []
+        for call in sorted(set(calls), reverse=True):
+            at = [k for k, other in enumerate(calls) if other == call]
+            chosen = None if len(at) == len(self._source) else torch.tensor([images[k] for k in at])
+            answers.append(self._denoise(x[at], sigmas[at], call, chosen))
+        return torch.cat(answers)
+
+    def _in_chunks(self, stacked: Callable[..., Tensor], x: Tensor, *about: Tensor) -> Tensor:
+        """The model's answers in batches as large as have fitted its memory so far."""
+        answers: list[Tensor] = []
+        begun = 0
+        while begun < len(x):
+            part = slice(begun, begun + self._chunk)
+            try:
+                answers.append(stacked(x[part], *(each[part] for each in about)).detach().to(self._like))
+            except torch.cuda.OutOfMemoryError:
+                tried = len(x[part])
+                if tried == 1:
+                    raise
+                self._chunk = tried // 2
+            else:
+                begun += self._chunk
+        return torch.cat(answers)
