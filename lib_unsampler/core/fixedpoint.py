@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .noising import append_dims
 
-MEMORY, CARRIED = 6, 3
-"""Secant pairs kept for each image at a level, and taken along to the next."""
+MEMORY = 3
+"""Secant pairs kept for each image, from level to level."""
 
 CAUTION, LEAST_RATE = 3.0, 0.01
 """An x is accepted without a call to check it if the residual would do at CAUTION times the worst rate of
@@ -28,6 +28,9 @@ IMPLAUSIBLE = 3.0
 PROGRESS, PATIENCE = 0.8, 6
 """Evaluations without a residual below PROGRESS of the best after which a level is left as it is; halfway
 there the solver begins again from the best."""
+
+SAMPLED, RUN = 2**13, 64
+"""About how many values of large latents products are taken of, in runs of how many."""
 
 Evaluate = Callable[[Tensor, np.ndarray], tuple[Tensor, Tensor, int]]
 """``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
@@ -41,6 +44,24 @@ class Solved:
     denoised: Tensor
     residual: Tensor
     calls: Tensor
+
+
+class Sample:
+    """The part of a large latent that products are taken of: runs of values, evenly spread.
+
+    They decide only how fast the iteration converges; the residual is of all values.
+    """
+
+    def __init__(self, values: int, about: int = SAMPLED) -> None:
+        self._every = max(1, values // about)
+        self.size = values if self._every == 1 else len(range(0, values // RUN, self._every)) * RUN
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of vectors with shape (..., values), as (..., size)."""
+        if self._every == 1:
+            return x
+        whole = x[..., : x.shape[-1] // RUN * RUN].unflatten(-1, (-1, RUN))
+        return whole[..., :: self._every, :].flatten(-2)
 
 
 class Best:
@@ -58,7 +79,7 @@ class Best:
 
     def solved(self, calls: np.ndarray) -> Solved:
         """All images."""
-        x, denoised = torch.stack(self.x), torch.stack(self.denoised)
+        x, denoised = (torch.stack(all_) if len(all_) > 1 else all_[0][None] for all_ in (self.x, self.denoised))
         return Solved(x, denoised, torch.from_numpy(self.residual), torch.from_numpy(calls))
 
 
@@ -76,6 +97,8 @@ class Solver:
         self.max_calls = max_calls
         size = len(source)
         self._pairs = source.new_zeros(size, 2 * MEMORY, source[0].numel())  # dx and dF in turn
+        self._sample = Sample(source[0].numel())
+        self._sampled = source.new_zeros(size, 2 * MEMORY, self._sample.size)
         self._products = np.zeros((size, 2 * MEMORY, 2 * MEMORY))
         self._parts = np.ones((size, MEMORY))  # c of the level that a pair was learnt at
         self._turn = np.ones((size, MEMORY))  # by what J has grown since along dx
@@ -83,7 +106,7 @@ class Solver:
         self._count = np.zeros(size, int)  # pairs ever kept, of each image
         self._floor = np.zeros(size)  # the residual below which the model only gives noise
         self._sigma = 0.0
-        self._cutoff = max(1e-12, 30 * torch.finfo(source.dtype).eps)
+        self._ridge = max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
 
     def solve(self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float) -> Solved:
         """Each image's x, D(x), residual, and the model calls it took."""
@@ -124,9 +147,7 @@ class Solver:
         return best.solved(calls)
 
     def _turn_to(self, sigma: float) -> None:
-        """Forgets all but each image's newest pairs and moves those to a new level."""
-        age = (self._count[:, None] - 1 - np.arange(MEMORY)) % MEMORY
-        self._known &= age < CARRIED
+        """Moves what was learnt to a new level."""
         if self._sigma:
             with np.errstate(divide="ignore", invalid="ignore"):
                 slope = self._slopes()
@@ -148,29 +169,26 @@ class Solver:
         before: tuple[Tensor, Tensor, np.ndarray] | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Keeps the newest pair, and looks at the RMS of F and at its products with the pairs, with shape (k, 2 M)."""
-        flat = force.flatten(1)
         slots = self._count[images] % MEMORY
+        fresh = [self._sample.of(force.flatten(1))[:, None]]
         if before is not None:
             for row, (image, slot) in enumerate(zip(images, slots)):
-                torch.sub(x[row], before[0][row], out=self._pairs[image, 2 * slot].view_as(x[row]))
-                torch.sub(force[row], before[1][row], out=self._pairs[image, 2 * slot + 1].view_as(x[row]))
+                for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before):
+                    torch.sub(now[row], old[row], out=vector.view_as(now[row]))
+                self._sampled[image, 2 * slot : 2 * slot + 2] = self._sample.of(self._pairs[image, 2 * slot :][:2])
+            rows = torch.from_numpy(images)[:, None], torch.from_numpy(2 * slots[:, None] + [0, 1])
+            fresh.append(self._sampled[rows])
             self._parts[images, slots], self._turn[images, slots], self._known[images, slots] = part, 1.0, True
             self._count[images] += 1
-        used = 2 * int(np.minimum(self._count, MEMORY).max())
-        parts: list[Tensor] = []
-        for image, slot, row in zip(images, slots, flat):
-            pairs = self._pairs[image, :used]
-            parts += [pairs @ row, row @ row]
-            if before is not None:
-                parts.append(pairs[2 * slot : 2 * slot + 2] @ pairs.mT)
-        looked = torch.cat([product.flatten() for product in parts]).cpu().double().numpy().reshape(len(images), -1)
-        along = np.zeros((len(images), 2 * MEMORY))
-        along[:, :used] = looked[:, :used]
-        for image, slot, products in zip(images, slots, looked[:, used + 1 :].reshape(len(images), -1, max(1, used))):
-            if before is not None:
-                self._products[image, 2 * slot : 2 * slot + 2, :used] = products
-                self._products[image, :used, 2 * slot : 2 * slot + 2] = products.T
-        return np.sqrt(looked[:, used] / flat.shape[1]), along
+        products = torch.cat(fresh, 1) @ some(self._sampled, images).mT
+        sizes = torch.linalg.vector_norm(force.flatten(1), dim=1)
+        looked = torch.cat([products.flatten(1), sizes[:, None]], 1).cpu().double().numpy()
+        products = looked[:, :-1].reshape(len(images), -1, 2 * MEMORY)
+        if before is not None:
+            at, across = images[:, None], 2 * slots[:, None] + [0, 1]
+            self._products[at, across] = products[:, 1:]
+            self._products[at, :, across] = products[:, 1:]
+        return looked[:, -1] / force[0].numel() ** 0.5, products[:, 0]
 
     def _begun_again(
         self, images: np.ndarray, lost: np.ndarray, best: Best, x: Tensor, force: Tensor
@@ -211,7 +229,7 @@ class Solver:
         inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
         makes *= inverse[:, :, None]
         among = among * inverse[:, :, None] * inverse[:, None, :]
-        weights = np.linalg.pinv(among, rcond=self._cutoff, hermitian=True) @ (makes @ along[:, :, None])
+        weights = np.linalg.solve(among + self._ridge, makes @ along[:, :, None])
         newest = (self._count[images] - 1) % MEMORY
         rows = np.arange(len(images))
         speed = np.einsum("bj,bj->b", self._products[images, 2 * newest], makes[rows, newest]) * inverse[rows, newest]

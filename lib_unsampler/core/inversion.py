@@ -186,35 +186,27 @@ def unconverged(walked: Sequence[Level]) -> list[str]:
 
 
 class Step:
-    """A sampler's step from one level, as what it misses (:mod:`.fixedpoint`'s F) and where to begin looking.
-
-    A step of one call is affine, and its factors are asked of the sampler's function once.
-    """
+    """A sampler's step from one level, as what it misses (:mod:`.fixedpoint`'s F) and where to begin looking."""
 
     def __init__(
-        self, denoise: Callable[..., Tensor], function: Callable[..., Tensor], calls: int, sigmas: Tensor
+        self, denoise: Callable[..., Tensor], function: Callable[..., Tensor], sigmas: Tensor, weight: float | None
     ) -> None:
         """Arguments:
         denoise: ``(x, sigma, stage, images) -> D``; stage counts the step's calls.
         function: The sampler's.
-        calls: How many the step makes.
         sigmas: Of its start and its end, like the states.
+        weight: D's in a step of one call, :math:`(1 - w) x + w D`; None for others.
         """
-        self._denoise, self._function, self._sigmas = denoise, function, sigmas
-        self._affine = None
-        if calls == 1 or sigmas[1] == 0:
-            start, weights = factors(function, sigmas.cpu().double())
-            self._affine = float(start[0]), float(weights[0, 0])
+        self._denoise, self._function, self._sigmas, self._weight = denoise, function, sigmas, weight
 
     def onto(self, y: Tensor) -> Evaluate:
         """F for some images of the batch, with the D and the model calls of its evaluation."""
 
         def evaluate(x: Tensor, images: np.ndarray) -> tuple[Tensor, Tensor, int]:
             chosen = None if len(images) == len(y) else torch.from_numpy(images)
-            if self._affine is not None:
+            if self._weight is not None:
                 d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
-                start, weight = self._affine
-                return torch.add(x * start, d, alpha=weight).sub_(some(y, images)), d, 1
+                return torch.lerp(x, d, self._weight).sub_(some(y, images)), d, 1
             estimates: list[Tensor] = []
 
             def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -233,9 +225,8 @@ class Step:
         """
         if not past:
             return y
-        if self._affine is not None:
-            start, weight = self._affine
-            return torch.sub(y, extrapolated(past, self._sigmas[0], y), alpha=weight).div_(start)
+        if self._weight is not None:
+            return torch.lerp(extrapolated(past, self._sigmas[0], y), y, 1 / (1 - self._weight))
 
         def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             return extrapolated(past, sigma[0], x)
@@ -333,11 +324,12 @@ class _Run:
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y, past = self._source.to(self._like).contiguous(), []
+        weights = self._weights()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
-                step, scale = self._step(index), float(self._scale(sigmas[0]))
+                step, scale = self._step(index, weights[index]), float(self._scale(sigmas[0]))
                 solved = solver.solve(step.onto(y), step.predicted(y, past), sigmas, scale)
                 past = [(sigmas[0], solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
@@ -347,13 +339,21 @@ class _Run:
             y = solved.x
         return y
 
-    def _step(self, index: int) -> Step:
+    def _step(self, index: int, weight: float | None) -> Step:
         first = self._per_step * (index - self._levels.visited[-1])
 
         def denoise(x: Tensor, sigma: Tensor, stage: int, images: Tensor | None) -> Tensor:
             return self._denoise(x, sigma, first + stage, images)
 
-        return Step(denoise, self._function, self._per_step, self._schedule[index : index + 2].to(self._like))
+        return Step(denoise, self._function, self._schedule[index : index + 2].to(self._like), weight)
+
+    def _weights(self) -> dict[int, float | None]:
+        """D's weight in the step from each visited level, where that makes one call."""
+        visited = self._levels.visited
+        if self._per_step > 1:
+            return dict.fromkeys(visited)
+        _, weights = factors(self._function, self._schedule[visited[-1] : visited[0] + 2])
+        return dict(zip(visited, weights.diagonal().tolist()))
 
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
         """All levels at once, for a step that also looks at the answer one level above."""
@@ -367,7 +367,7 @@ class _Run:
         first = None
         if sigmas[0] == 0:
             solver = Solver(source, tolerance, max_calls)
-            first = solver.solve(self._step(rising[0]).onto(source), source, sigmas[:2].flip(0), float(scales[0]))
+            first = solver.solve(self._step(rising[0], 1.0).onto(source), source, sigmas[:2].flip(0), float(scales[0]))
         made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
         made.solve(first, tolerance, max_calls)
         residuals, calls = torch.from_numpy(made.residual), torch.from_numpy(made.calls).int()

@@ -53,7 +53,7 @@ def extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise
     if not past:
         return otherwise
     (s0, d0), (s1, d1) = past[0], past[-1]
-    return d0 if s0 == s1 else d0 + float((sigma / s0).log() / (s0 / s1).log()) * (d0 - d1)
+    return d0 if s0 == s1 else torch.lerp(d1, d0, float((sigma / s1).log() / (s0 / s1).log()))
 
 
 def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +108,7 @@ class Joint:
         self._answer, self._shape, self._source = answer, source.shape, source.flatten(1)
         self._sigmas, self._scales = sigmas.numpy(), scales.numpy()
         levels, size = len(sigmas), len(source)
+        self._root = self._source.shape[1] ** 0.5  # norm over RMS
         self.x, self.d, self._called_x, self._called_d = (
             self._source.new_zeros(levels, size, self._source.shape[1]) for _ in range(4)
         )
@@ -209,14 +210,14 @@ class Joint:
         places, images = np.nonzero(asked)
         shown = self._call(places, images) if len(places) else None
         force = self._forces(low, front)
-        missed = force.square().mean(2).sqrt()
+        missed = torch.linalg.vector_norm(force, dim=2)
         parts = [missed.flatten(), *self._secants.products(force)]
         looked = torch.cat([*parts, *([] if shown is None else [shown])]).cpu().double().numpy()  # the round's one look
         counts = np.cumsum([len(part) for part in parts])
-        self._missed[low : front + 1] = looked[: counts[0]].reshape(missed.shape) / self._scales[low : front + 1, None]
+        self._missed[low : front + 1] = looked[: counts[0]].reshape(missed.shape) / self._scales[low : front + 1, None] / self._root
         self._secants.learn(looked[counts[0] : counts[-1]], force.shape[0])
         if shown is not None:
-            self._judge(places, images, looked[counts[-1] :])
+            self._judge(places, images, looked[counts[-1] :] / self._root)
         doubt = self._doubt()[: front + 1]
         self.residual[: front + 1] = self._missed[: front + 1] + np.where(np.isfinite(doubt), doubt, 0)
         return force, low
@@ -240,12 +241,12 @@ class Joint:
         moves, changes = (now - kept.flatten(0, 1)[rows] for now, kept in ((x, self._called_x), (d, self._called_d)))
         for k, (place, image) in enumerate(zip(places, images)):
             if 0 < self._moved[place, image] < np.inf:
-                length = self._moved[place, image] * x.shape[1] ** 0.5
+                length = self._moved[place, image] * self._root
                 self._secants.store(place, image, moves[k], changes[k], length)
         for kept, now in ((self._called_x, x), (self._called_d, d), (self.d, d)):
             kept.flatten(0, 1)[rows] = now
         self.calls[places, images] += 1
-        return (d - predicted).square().mean(1).sqrt()
+        return torch.linalg.vector_norm(d - predicted, dim=1)
 
     def _judge(self, places: np.ndarray, images: np.ndarray, error: np.ndarray) -> None:
         """How much D's prediction errs for a move, and how much of that is the model's rounding, as two calls show."""
@@ -278,6 +279,6 @@ class Joint:
         for image in np.flatnonzero(moving.any(0)):
             self.x[rows, image] += change[image, 0]
             self.d[rows, image] += change[image, 1]
-        away = self.x[rows] - self._called_x[rows]
-        moved = away.square().mean(2).sqrt().cpu().double().numpy()
+        away = torch.linalg.vector_norm(self.x[rows] - self._called_x[rows], dim=2)
+        moved = away.cpu().double().numpy() / self._root
         self._moved[rows] = np.where(np.isfinite(self._moved[rows]), moved, np.inf)

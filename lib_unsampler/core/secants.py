@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fixedpoint import turned
+from .fixedpoint import Sample, turned
 
 MEMORY, BELOW = 4, 2
 """Secants kept of a level, and levels below whose secants a level uses too."""
+
+SAMPLED = 2**17
+"""About how many values of large latents products are taken of."""
 
 OWN_NOISE, BORROWED_NOISE = 1e-4, 1e-2
 """The kriging's epsilon for a level's own secants, and for those of the level below; of the next, twice that."""
@@ -69,6 +72,8 @@ class Secants:
         slots = MEMORY * len(sigmas)
         self._sigmas = sigmas
         self._u, self._v = source.new_zeros(2, size, slots, values)
+        self._sample = Sample(values, SAMPLED)
+        self._small_u, self._small_v = source.new_zeros(2, size, slots, self._sample.size)
         self._uu, self._uv = np.zeros((2, size, slots, slots))
         self._forces = np.zeros((size, slots, 0))  # u . F
         self._stored = np.zeros((size, len(sigmas)), int)  # of each level, since it was last forgotten
@@ -79,8 +84,9 @@ class Secants:
     def store(self, place: int, image: int, move: Tensor, change: Tensor, length: float) -> None:
         """Keeps a pair dx, dD; ``length`` is that of dx."""
         slot = place * MEMORY + self._stored[image, place] % MEMORY
-        torch.div(move, length, out=self._u[image, slot])
-        torch.div(change, length, out=self._v[image, slot])
+        for vector, kept, small in ((move, self._u, self._small_u), (change, self._v, self._small_v)):
+            torch.div(vector, length, out=kept[image, slot])
+            small[image, slot] = self._sample.of(kept[image, slot])
         self._stored[image, place] += 1
         self._new[image].append(slot)
 
@@ -93,10 +99,11 @@ class Secants:
     def products(self, force: Tensor) -> list[Tensor]:
         """The new vectors' products with the window's, and its u's with forces of shape (N, B, values)."""
         parts: list[Tensor] = []
+        force = self._sample.of(force)
         for image, new in enumerate(self._new):
-            u, v = self._u[image, self._slots], self._v[image, self._slots]
-            fresh = self._u[image, new]
-            parts += [fresh @ u.mT, fresh @ v.mT, self._v[image, new] @ u.mT, force[:, image] @ u.mT]
+            u, v = self._small_u[image], self._small_v[image]
+            fresh, other = u[self._slots].mT, v[self._slots].mT
+            parts += [u[new] @ fresh, u[new] @ other, v[new] @ fresh, force[:, image] @ fresh]
         return [part.flatten() for part in parts]
 
     def learn(self, products: np.ndarray, rows: int) -> None:
@@ -116,30 +123,25 @@ class Secants:
 
         .. math:: \alpha_p \delta_p - \delta_{p-1} + \sum_q \gamma_{pq} J_q \delta_q = F_p
         """
-        count = len(force)
-        numbers = torch.from_numpy(self._coefficients(steps)).to(force).flatten(1, 2)
-        change = force.new_empty(len(numbers), 2 * count, force.shape[2])
-        for image, (made, row) in enumerate(zip(change, numbers)):
-            of_force, of_u, of_v = row.tensor_split((count, (count + row.shape[1]) // 2), 1)
-            torch.mm(of_force, force[:, image], out=made)
-            made.addmm_(of_u, self._u[image, self._slots]).addmm_(of_v, self._v[image, self._slots])
-        return change.unflatten(1, (2, count))
-
-    def _coefficients(self, steps: Steps) -> np.ndarray:
-        """The numbers by which forces and the window's u's and v's make up the step, with shape (B, 2, N, ...)."""
-        size, count = steps.moving.shape
-        kriged = self._kriged(steps.low, count)
+        kriged = self._kriged(steps.low, len(force))
         inverse, lever = steps.inverted(kriged.scalar)
-        weights = self._weights(kriged, inverse, lever)
-        added = np.zeros((size, count, 2, self._uu.shape[1]))  # to j delta, of u's and v's
-        levels = np.arange(count)[:, None]
-        added[:, levels, 0, kriged.slots] = -kriged.scalar[..., None] * weights
-        added[:, levels, 1, kriged.slots] = kriged.scale * weights
-        added = (added[..., self._slots] * steps.moving[:, :, None, None]).reshape(size, count, -1)
-        of_states = np.concatenate([inverse, -lever @ added], 2)
-        of_answers = kriged.scalar[..., None] * of_states
-        of_answers[..., count:] += added
-        return np.stack([of_states, of_answers], 1)
+        of_u, of_v = self._added(kriged, self._weights(kriged, inverse, lever) * steps.moving[:, :, None])
+        numbers = [torch.from_numpy(each).to(force) for each in (inverse, -lever, kriged.scalar[..., None], of_u, of_v)]
+        change = force.new_empty(len(of_u), 2, *force.shape[::2])
+        for image, (x, d) in enumerate(change):
+            to_force, to_added, scalar, to_u, to_v = (each[image] for each in numbers)
+            torch.mm(to_u, self._u[image, self._slots], out=d).addmm_(to_v, self._v[image, self._slots])
+            torch.mm(to_force, force[:, image], out=x).addmm_(to_added, d)
+            d.addcmul_(x, scalar)
+        return change
+
+    def _added(self, kriged: Kriged, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """:math:`(V - j U)` times weights, as numbers by which the window's u's and v's are added: both (B, N, ...)."""
+        of_u, of_v = np.zeros((2, *weights.shape[:2], self._uu.shape[1]))
+        levels = np.arange(weights.shape[1])[:, None]
+        of_u[:, levels, kriged.slots] = -kriged.scalar[..., None] * weights
+        of_v[:, levels, kriged.slots] = kriged.scale * weights
+        return of_u[..., self._slots], of_v[..., self._slots]
 
     def _weights(self, kriged: Kriged, inverse: np.ndarray, lever: np.ndarray) -> np.ndarray:
         r""":math:`(U^\top U + \varepsilon)^{-1} U^\top \delta` of every level, with shape (B, N, L)."""
