@@ -1,6 +1,6 @@
 """Batch Unsampler's two commands; with no argument (how the WebUI calls it) it does nothing.
 
-    python install.py demo [PICTURE]   make a noise-progression GIF in outputs/demo
+    python install.py demo [PICTURE]   a noise progression, the picture back from its noises, and an edit of it
     python install.py test [ARGS]      run the tests
 
 Both use a private environment, .venv beside this file, made on first use.
@@ -8,6 +8,13 @@ Both use a private environment, .venv beside this file, made on first use.
 
 import sys
 
+HELP = """
+demo   unsamples PICTURE (default: the bundled cat) and leaves in outputs/demo: the moving noise progression, the
+       same picture sampled back from its own noises, and an edit of it by a prompt. No WebUI, no model, no download
+       but the packages.
+test   runs the tests; what follows is pytest's.
+
+Both use a private environment, .venv beside this file, made on first use (a few minutes, PyTorch is large)."""
 USAGE = "usage: python install.py demo [PICTURE] | python install.py test [PYTEST ARGUMENTS]"
 OLDEST, NEWEST = (3, 10), (3, 12)
 
@@ -49,6 +56,16 @@ def pins(root, groups):
     return [requirement for group in groups for requirement in table[group]]
 
 
+def made_by_this_python(folder):
+    """Whether an environment's Python is the one that runs this: then only packages are added to it."""
+    try:
+        lines = (folder / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    version = ".".join(map(str, sys.version_info[:3]))
+    return any(line.replace(" ", "") == "version=" + version for line in lines)
+
+
 def environment(root, groups):
     """The Python of .venv, with the pinned packages of the groups; made or completed if need be."""
     import hashlib
@@ -64,9 +81,13 @@ def environment(root, groups):
     if stamp.is_file() and stamp.read_text() == mark and python.exists():
         return python
     print(f"Making {folder} (first time: a few minutes; PyTorch is a large download)", flush=True)
-    venv.create(folder, with_pip=True, clear=not any(folder.glob("installed-*")))
     listed = folder / "requirements.txt"
-    listed.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+    try:
+        if not (python.exists() and any(folder.glob("installed-*")) and made_by_this_python(folder)):
+            venv.create(folder, with_pip=True, clear=True, symlinks=os.name != "nt")
+        listed.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"{folder} cannot be made: {error}. End what still runs from it, and run this again.")
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(listed)]
     if subprocess.call(install):
         sys.exit(
@@ -76,20 +97,50 @@ def environment(root, groups):
     return python
 
 
+SUMMARY = (
+    ("progression.gif", "the picture dissolving into noise, level by level"),
+    ("same.png", "the same picture again, bit for bit, sampled back from its own noises (mode replay)"),
+    ("sunset.png", "the same noises under another prompt, 'sunset': an edit that keeps every hair"),
+    ("contact_sheet.png", "every noise level on one page, with its sigma"),
+    ("sigma_curve.png", "the noise schedule"),
+    ("frames", "every level as a picture of its own"),
+    ("replay.safetensors", "the noises: go on from them with --resume"),
+)
+"""What the demo leaves in outputs/demo, and what each is."""
+
+
+def demo_commands(python, picture, out):
+    """The demo as the command lines it is made of."""
+    run = [str(python), "-m", "lib_unsampler"]
+    noises = str(out / "replay.safetensors")
+    return [
+        [
+            *(*run, str(picture), "--steps", "24", "-o", str(out / "progression.gif")),
+            *("--sheet", str(out / "contact_sheet.png"), "--curve", str(out / "sigma_curve.png")),
+            *("--frames", str(out / "frames")),
+        ],
+        [
+            *(*run, str(picture), "--mode", "replay", "--sampler", "euler_ancestral"),
+            *("--latents", noises, "--resample", str(out / "same.png")),
+        ],
+        [*run, "--resume", noises, "--resample", str(out / "sunset.png"), "--resample-positive", "sunset"],
+    ]
+
+
 def demo(root, picture):
-    """Unsamples a picture and samples it back; the results are in outputs/demo."""
+    """Unsamples a picture, gets it back from its noises, and edits it; the results are in outputs/demo."""
     import subprocess
 
     out = root / "outputs" / "demo"
-    command = [
-        *(str(environment(root, ["demo"])), "-m", "lib_unsampler", str(picture)),
-        *("--steps", "24", "--end-at-step", "8"),
-        *("-o", str(out / "progression.gif"), "--frames", str(out / "frames")),
-        *("--sheet", str(out / "contact_sheet.png"), "--curve", str(out / "sigma_curve.png")),
-        *("--resample", str(out / "resampled.png"), "--latents", str(out / "trajectory.safetensors")),
-    ]
-    print("Unsampling", picture, flush=True)
-    return subprocess.call(command, cwd=root)
+    for command in demo_commands(environment(root, ["demo"]), picture, out):
+        print("$ python", *command[1:], flush=True)
+        status = subprocess.call(command, cwd=root, stdout=subprocess.DEVNULL)
+        if status:
+            return status
+    print(f"\nMade of {picture}, in {out}:")
+    for name, text in SUMMARY:
+        print(f"  {name:20} {text}")
+    return 0
 
 
 def main(arguments):
@@ -98,6 +149,10 @@ def main(arguments):
     from pathlib import Path
 
     root = Path(__file__).resolve().parent
+    if arguments[0] == "demo" and set(arguments[1:]) & {"-h", "--help"}:
+        print(USAGE)
+        print(HELP)
+        return 0
     if arguments[0] == "demo" and len(arguments) <= 2:
         picture = Path(arguments[1]).resolve() if len(arguments) == 2 else root / "lib_unsampler/assets/cat.jpg"
         if not picture.is_file():

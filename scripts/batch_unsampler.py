@@ -7,7 +7,7 @@ try:
     from modules.ui_components import InputAccordion
 
     from lib_unsampler import settings
-    from lib_unsampler.webui import axes, extension, routes, ui
+    from lib_unsampler.webui import axes, extension, preview, routes, ui
     from lib_unsampler.webui.host import page
 except ImportError as error:
     print(f"[Batch Unsampler] not active: this WebUI lacks k-diffusion samplers or its hooks ({error})")
@@ -23,12 +23,28 @@ else:
             return scripts.AlwaysVisible if is_img2img else False
 
         def ui(self, is_img2img):
-            controls = ui.build(InputAccordion, self.title(), page.field_defaults(), page.output_folder)
+            controls = ui.build(
+                *(InputAccordion, self.title(), page.field_defaults(), page.output_folder, preview.answer)
+            )
             self.infotext_fields = ui.paste_fields(controls)
             return controls
 
+        @property
+        def api_info(self):
+            """What the host publishes of the arguments; it sets this itself."""
+            return self._api_info
+
+        @api_info.setter
+        def api_info(self, info):
+            self._api_info = ui.documented(info)
+
+        _api_info = None
+
         def process(self, p, *args):
             extension.attach(p, args)
+
+        def postprocess_image_after_composite(self, p, pp, *args):
+            extension.take(p, pp.image)
 
         def postprocess(self, p, processed, *args):
             extension.finish(p, processed)
@@ -36,4 +52,6 @@ else:
     script_callbacks.on_before_ui(axes.register)
     script_callbacks.on_ui_settings(lambda: page.add_preferences(ui.preference_components()))
     if page.serves_api():
-        script_callbacks.on_app_started(lambda _, app: routes.add(app, page.output_folder, page.accounts()))
+        script_callbacks.on_app_started(
+            lambda _, app: routes.add(app, page.output_folder, page.accounts(), page.animation_folder)
+        )

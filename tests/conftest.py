@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,26 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # small tensors; threads only wait for one another on a busy machine
 
 Draw = Callable[[int], Tensor]
+
+
+@pytest.fixture(scope="session")
+def node_tools() -> Path:
+    """The folder of the pinned npm packages of tests/node: made once beside this Python, outside the repository."""
+    npm = shutil.which("npm")
+    if not npm or not shutil.which("node"):
+        pytest.skip("no node and npm here, which lint the page's script and hold the accessibility rules")
+    lock = (ROOT / "tests/node/package-lock.json").read_bytes()
+    folder = Path(sys.prefix) / f"node-tools-{hashlib.sha256(lock).hexdigest()[:12]}"
+    if not (folder / "installed").exists():
+        folder.mkdir(exist_ok=True)
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(ROOT / "tests/node" / name, folder)
+        command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", timeout=300)
+        if done.returncode:
+            pytest.skip(f"npm cannot get the pinned tools: {done.stderr.strip().splitlines()[-1:]}")
+        (folder / "installed").touch()
+    return folder
 
 
 @pytest.fixture

@@ -54,6 +54,13 @@ def test_unknown_arguments_get_the_usage(arguments: list[str], capsys: pytest.Ca
     assert capsys.readouterr().err == install.USAGE + "\n"
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_the_demo_has_a_help(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert install.main(["demo", word]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(install.USAGE) and "outputs/demo" in said.out and said.err == ""
+
+
 def test_a_missing_picture_is_said_before_anything_is_made(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -149,6 +156,55 @@ def test_a_made_environment_is_used_again_until_the_pins_change(
     first = install.environment(tmp_path, ["demo"])
     assert first.exists() and install.environment(tmp_path, ["demo"]) == first and len(calls) == 1
     assert "nothing==1.0" in Path(calls[0][-1]).read_text()
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr("venv.create", lambda folder, **options: made.append(options))
+    version = ".".join(map(str, sys.version_info[:3]))
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text(f"home = /usr\nversion = {version}\n")
     project.write_text('[dependency-groups]\ndemo = ["nothing==1.1"]\n')
     install.environment(tmp_path, ["demo"])
     assert len(calls) == 2
+    assert made == []  # its Python may be running: writing over that is "Text file busy"
+    (tmp_path / ".venv" / "pyvenv.cfg").write_text("home = /usr\nversion = 3.9.1\n")
+    project.write_text('[dependency-groups]\ndemo = ["nothing==1.2"]\n')
+    install.environment(tmp_path, ["demo"])
+    assert len(made) == 1 and made[0]["clear"]
+
+
+def test_an_environment_in_use_that_cannot_be_made_anew_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "pyproject.toml").write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\n')
+
+    def busy(folder: Path, **_: Any) -> None:
+        raise OSError(26, "Text file busy", str(folder))
+
+    monkeypatch.setattr("venv.create", busy)
+    said = refusal(lambda: install.environment(tmp_path, ["demo"]))
+    assert "Text file busy" in said and "End what still runs from it" in said
+
+
+def test_the_demo_shows_the_progression_the_same_picture_and_an_edit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own commands, run here by this Python: every file that the summary names is there and is what it says."""
+    image = pytest.importorskip("PIL.Image")
+    cat = ROOT / "lib_unsampler/assets/cat.jpg"
+    monkeypatch.setattr(install, "environment", lambda *_: sys.executable)
+    (tmp_path / "lib_unsampler").symlink_to(ROOT / "lib_unsampler", target_is_directory=True)
+    assert install.demo(tmp_path, cat) == 0
+    out, said = tmp_path / "outputs" / "demo", capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {name for name, _ in install.SUMMARY}
+    assert all(re.search(rf"^  {re.escape(name)} +{re.escape(text)}$", said, re.M) for name, text in install.SUMMARY)
+    source, same, edit = (image.open(path).convert("RGB") for path in (cat, out / "same.png", out / "sunset.png"))
+    assert same.tobytes() == source.tobytes()
+    edges = [picture.convert("L").resize((80, 60)) for picture in (source, edit)]
+    one, other = (list(picture.tobytes()) for picture in edges)
+    assert correlation(one, other) > 0.5 and edit.tobytes() != source.tobytes()  # recognisable, and changed
+    assert image.open(out / "progression.gif").n_frames == 25
+
+
+def correlation(one: list[int], other: list[int]) -> float:
+    means = [sum(values) / len(values) for values in (one, other)]
+    products = sum((a - means[0]) * (b - means[1]) for a, b in zip(one, other))
+    squares = [sum((v - mean) ** 2 for v in values) for values, mean in zip((one, other), means)]
+    return products / (squares[0] * squares[1]) ** 0.5

@@ -115,6 +115,13 @@ def test_a_masked_latents_file_of_0_1_0_goes_on_from_the_unmasked_state() -> Non
     assert torch.equal(saved.source, plain.source)
 
 
+def test_a_masked_file_of_0_1_0_shows_the_source_outside_its_mask() -> None:
+    saved = load(SAMPLES / "masked-0.1.0.safetensors")
+    outside = (saved.mask == 0).expand_as(saved.source)
+    assert saved.blended and outside.any()
+    assert all(torch.equal(z[outside], saved.source[outside]) for z in saved.z)
+
+
 def test_a_replay_of_0_1_0_gives_the_source_back() -> None:
     saved = load(SAMPLES / "replay-0.1.0.safetensors")
     model = make_model("gaussian", "", *saved.source.shape[-2:])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lib_unsampler.settings import (
     SAMPLERS,
     STOCHASTIC,
+    Pasted,
     Settings,
     SettingsError,
     allowed,
@@ -57,10 +58,22 @@ def requests(surface: str) -> st.SearchStrategy[dict[str, Any]]:
 
 def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
     """What parse would refuse for the sake of another field, put right."""
-    mended = {**values, "steps": 0} if "init" in values.get("output", ()) else dict(values)
+    mended = {**values, **({"end_at_step": -1} if values.get("end_at_sigma") else {})}
+    wanted = set(values.get("output", ()))
+    if "guide" in wanted:
+        low, high = sorted((values["guide_from"], values["guide_until"]))
+        mended |= {"guide_from": low, "guide_until": high, "noise": "shared"}
+        mended |= {"mode": "noise"} if values["mode"] == "replay" else {}
+    if "strength sweep" in wanted:
+        mended |= {"film": "noising", **({"mode": "noise"} if values["mode"] == "replay" else {})}
+        mended["output"] = tuple(name for name in values["output"] if name != "guide")
+    if wanted & {"init", "guide", "strength sweep"}:
+        mended["steps"] = 0
     if mended.get("trajectory"):
         own = {"steps": 0, "end_at_step": -1, "step_increment": 1, "noise": "shared", "normalize": False}
+        own |= {"end_at_sigma": 0.0} if "end_at_sigma" in mended else {}
         mended |= own | ({"mode": "noise"} if mended["mode"] == "invert" else {})
+    mended |= {"panel": False} if mended.get("film", "noising") != "noising" and "panel" in mended else {}
     if mended["mode"] == "invert":
         return {**mended, "noise": "shared", "normalize": False, "skip": 0}
     mended |= {name: False for name in ("panel", "report") if name in mended}
@@ -221,7 +234,8 @@ def test_positional_and_dict_arguments_agree(surface: str) -> None:
     values = {f.name: getattr(wanted, f.name) for f in surface_fields(surface)}
     assert parse_args([True, *values.values()], surface) == (True, wanted)
     assert parse_args([values], surface) == (True, wanted)
-    assert parse_args([{**values, "enabled": True}, "ignored"], surface) == (True, wanted)
+    behind = [f.default for f in surface_fields(surface)]  # as the host fills up what is missing
+    assert parse_args([{**values, "enabled": True}, *behind], surface) == (True, wanted)
 
 
 def test_missing_arguments_are_defaults() -> None:
@@ -271,3 +285,55 @@ def test_edited_infotext_is_refused_by_field() -> None:
     with pytest.raises(SettingsError) as caught:
         from_infotext(edited, "host")
     assert [e.split(":")[0] for e in caught.value.errors] == ["steps", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("behind", "named"),
+    [
+        ([5], ["output: 5"]),
+        ([{"steps": 3}], ["output: {'steps': 3}"]),
+        (["ignored"], ["output: 'ignored'"]),
+        ([None], ["output: None"]),
+        ([["frames"]], ["output: ['frames']"]),
+        ([["frames", "animation"], 0, 3, 1, "path"], ["end_at_step: 3", "noise: 'path'"]),
+        ([["frames", "animation"], False], ["steps: False"]),
+    ],
+    ids=repr,
+)
+def test_what_stands_behind_a_dict_is_refused_by_name(behind: list[Any], named: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        parse_args([{"noise": "path"}, *behind], "host")
+    assert len(caught.value.errors) == len(named)
+    for error, name in zip(caught.value.errors, named):
+        assert error.startswith(f"{name} stands behind a dict")
+
+
+@pytest.mark.parametrize("surface", SURFACES)
+def test_every_field_behind_a_dict_may_be_its_default_and_no_other(surface: str) -> None:
+    defaults = [list(f.default) if type(f.default) is tuple else f.default for f in surface_fields(surface)]
+    for i, f in enumerate(surface_fields(surface)):
+        assert parse_args([{}, *defaults[: i + 1]], surface) == (True, Settings())
+        with pytest.raises(SettingsError, match=f"^{f.name}: "):
+            parse_args([{}, *defaults[:i], [["no such thing"]]], surface)
+    with pytest.raises(SettingsError, match="^args: "):
+        parse_args([{}, *defaults, 0], surface)
+
+
+def test_behind_a_dict_the_host_s_other_defaults_and_pasted_ones_may_stand() -> None:
+    names = [f.name for f in surface_fields("host")]
+    rest = [f.default for f in surface_fields("host")]
+    rest[names.index("duration")], rest[names.index("format")] = 0.5, "webp"
+    defaults, earlier = {"duration": 0.25, "format": "webp"}, {"duration": [0.1, 0.5]}
+    assert parse_args([{}, *rest], "host", defaults, earlier)[1] == replace(Settings(), **defaults)
+    with pytest.raises(SettingsError, match=r"^duration: 0.5 stands behind"):
+        parse_args([{}, *rest], "host", defaults)
+    pasted_ones = [Pasted(["latents"]), *(f.metadata["maximum"] for f in surface_fields("host")[1:4])]
+    assert parse_args([{"noise": "path"}, *pasted_ones], "host") == (True, replace(Settings(), noise="path"))
+    assert parse_args([{"enabled": False}, 5, "rubbish"], "host") == (False, Settings())
+
+
+@pytest.mark.parametrize("case", NUMBERS, ids=by_id)
+def test_a_cleared_number_is_called_empty(case: tuple[str, Any]) -> None:
+    surface, f = case
+    (error,) = errors_of({f.name: None}, surface)
+    assert error == f"{f.name}: None (empty) is not {allowed(f)}"

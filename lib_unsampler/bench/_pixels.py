@@ -41,6 +41,8 @@ class Block(nn.Module):
 class PixelDenoiser(nn.Module):
     """``model(z, sigma) -> D(z; sigma)`` for pictures in [-1, 1] with shape (B, 3, 32, 32)."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int = 24, wide: int = 40, features: int = 32) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.arange(4))

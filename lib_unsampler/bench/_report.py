@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,14 @@ class Report:
     rows: list[list[str]]
     records: list[dict[str, Any]]
     notes: list[str]
+
+
+Case = TypeVar("Case")
+
+
+def progress(cases: Iterable[Case], total: int) -> Iterator[Case]:
+    """The cases of a bench, one after the other, with a bar on standard error."""
+    return iter(tqdm(cases, "measuring", total, unit="case"))
 
 
 def machine() -> dict[str, str]:

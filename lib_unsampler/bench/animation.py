@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import torch
 from PIL import Image
 
 from ..pictures import animation
+from ..pictures.progression import Scene
 from ..pictures.timing import Timing
 from ..settings import Settings
 from ..standalone import running
-from ._report import Report, peak_memory
+from ._report import Report, peak_memory, progress
 
 FRAMES, SIDE, SCALE = 24, 512, 8
 PHOTOGRAPH = Path(__file__).parent.parent / "assets" / "cat.jpg"
@@ -38,8 +40,9 @@ def levels_of_noise(frames: int, side: int) -> list[Image.Image]:
     settings = Settings(steps=frames - 1)
     photograph = Image.open(PHOTOGRAPH).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
     source = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)[None] / 127.5 - 1
-    steps = running.progression(source, running.plan_levels(settings), settings, None)
-    return [step.picture for step in steps]
+    plan = running.plan_levels(settings)
+    scene = Scene(source, plan.schedule, "eps", settings.view)
+    return [frame.pictures[0] for frame in running.shown(running.noised(source, plan, settings), scene, settings)]
 
 
 def film(name: str) -> list[Image.Image]:
@@ -86,7 +89,7 @@ def read(path: Path) -> list[Image.Image]:
             return [frame.to_image() for frame in container.decode(video=0)]
     found = []
     with Image.open(path) as picture:
-        for number in range(picture.n_frames):
+        for number in range(getattr(picture, "n_frames", 1)):
             picture.seek(number)
             found.append(picture.convert("RGB"))
     return found
@@ -116,10 +119,9 @@ def run(options: argparse.Namespace) -> Report:
     """Measures every writer on both films."""
     wanted = [writer for writer in WRITERS if "MP4" not in writer or find_spec("av")]
     records = []
-    for name in FILMS:
-        for writer in wanted:
-            command = [sys.executable, "-m", __name__, writer, name]
-            records.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    for name, writer in progress(product(FILMS, wanted), len(FILMS) * len(wanted)):
+        command = [sys.executable, "-m", __name__, writer, name]
+        records.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     rows = [
         [
             record["film"],

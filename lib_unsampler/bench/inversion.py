@@ -107,7 +107,9 @@ def fixed_point(
     (AIDI, Pan et al. 2023.) Batches of one image; ends at ``most`` calls or at a step's residual.
     """
     for low, high in zip(rising, rising[1:]):
-        x, states, forces = y, [], []
+        x = y
+        states: list[Tensor] = []
+        forces: list[Tensor] = []
         for _ in range(most):
             force = y + (high - low) * slope(model, x, high) - x
             states, forces = [*states, x][-memory - 1 :], [*forces, force][-memory - 1 :]
@@ -194,6 +196,7 @@ class Counted:
         self.images = 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The denoiser's answer, in the precision of x."""
         self.images += len(x)
         return self._model(x.to(self._dtype), sigma.to(self._dtype)).to(x)
 
@@ -248,7 +251,7 @@ def run(options: argparse.Namespace) -> Report:
             [r["model"], r["method"], f"{r['calls']:.1f}", f"{r['noise_rmse']:.1e}", f"{r['state_db']:.1f} dB", picture]
         )
     columns = ["model", "inversion", "calls a level", "noise RMSE", "state comes back", "picture comes back (calls)"]
-    solvers = {
+    solvers: dict[str, Callable[..., Tensor]] = {
         "plain fixed point": fixed_point,
         "Anderson(3)": partial(fixed_point, memory=3),
         "ours": partial(ours, solver="exact"),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..core.noising import SeededDraws, runs_fused, unsample
 from ..core.philox import PhiloxDraws
 from ..core.schedule import Levels, levels
-from ._report import Report, peak_memory
+from ._report import Report, peak_memory, progress
 
 SHAPES = {"SD1.5": (4, 64, 64), "SDXL": (4, 128, 128), "Flux": (16, 128, 128)}
 FRAMES = {"cuda": (20, 100, 1000, 10000), "cpu": (20, 100)}
@@ -151,7 +152,7 @@ def growth(method: str, shape: str, frames: int) -> int:
 
 def measure(case: Case) -> list[dict[str, Any]]:
     """One record per method; time None where the device lacks memory for the hungriest method."""
-    records = []
+    records: list[dict[str, Any]] = []
     for method, function in METHODS.items():
         record = {"shape": case.shape, "frames": case.frames, "method": method, "path": code_path(case, method)}
         records.append({**record, "ms": seconds(function, case) * 1e3, "peak": peak(method, case)})
@@ -192,12 +193,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """Measures every shape and number of frames that fits."""
     records, rows = [], []
-    for shape in SHAPES:
-        for frames in options.frames or FRAMES[options.device]:
-            if fits(shape, frames, options.device):
-                found = measure(make_case(shape, frames, options.device))
-                records += found
-                rows.append([shape, str(frames), *map(cell, found)])
+    cases = list(product(SHAPES, options.frames or FRAMES[options.device]))
+    for shape, frames in progress(cases, len(cases)):
+        if fits(shape, frames, options.device):
+            found = measure(make_case(shape, frames, options.device))
+            records += found
+            rows.append([shape, str(frames), *map(cell, found)])
     used = {record["method"]: record["path"] for record in records}
     columns = ["latent", "frames", *(f"{m} [{used[m]}]" if used.get(m) else m for m in METHODS)]
     title = f"Noising one image to many levels on {options.device}, float32, eps; ours with the WebUI's NV noise"

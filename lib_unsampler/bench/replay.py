@@ -23,9 +23,9 @@ from ..core.inversion import invert
 from ..core.noising import SeededDraws, unsample
 from ..core.replay import record, replay
 from ..core.schedule import levels
-from ..standalone import running, sampling
+from ..standalone import reading, sampling
 from ..standalone.embedded import Denoiser, guided, make_model
-from ._report import Report
+from ._report import Report, progress
 
 PICTURE = Path(__file__).parents[1] / "assets/cat.jpg"
 STEPS, SIZE, SEED = 20, 96, 0
@@ -89,7 +89,8 @@ METHODS: dict[str, Callable[[Denoiser, Tensor, Tensor], Tensor]] = {
 
 def measure(name: str, model_name: str, scale: float, source: Tensor, sigmas: Tensor) -> dict[str, Any]:
     """One method on one model at one guidance scale."""
-    inner = guided(*(make_model(model_name, p, *source.shape[-2:]) for p in ("sunset", "night")), scale)
+    positive, negative = (make_model(model_name, p, *source.shape[-2:]) for p in ("sunset", "night"))
+    inner = guided(positive, negative, scale)
     calls = 0
 
     def model(z: Tensor, sigma: Tensor) -> Tensor:
@@ -119,16 +120,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Report:
     """Every method on every model at every guidance scale."""
-    source = running.load_picture(PICTURE, SIZE)
+    source = reading.load_picture(PICTURE, SIZE)
     sigmas = sampling.get_sigmas("karras", STEPS, "eps")
     cases = [(model, name) for model in MODELS for name in METHODS]
-    records = [measure(name, model, scale, source, sigmas) for model, name in cases for scale in SCALES]
+    each_scale = [(model, name, scale) for model, name in cases for scale in SCALES]
+    shown = progress(each_scale, len(each_scale))
+    records = [measure(name, model, scale, source, sigmas) for model, name, scale in shown]
     by_case = {(r["model"], r["method"], r["cfg"]): r for r in records}
     rows = []
     for model, name in cases:
         each = [by_case[model, name, scale] for scale in SCALES]
-        shown = ["every bit" if r["exact"] else f"{r['db']:.1f} dB" for r in each]
-        rows.append([model, name, " / ".join(str(c) for c in sorted({r["calls"] for r in each})), *shown])
+        found = ["every bit" if r["exact"] else f"{r['db']:.1f} dB" for r in each]
+        rows.append([model, name, " / ".join(str(c) for c in sorted({r["calls"] for r in each})), *found])
     columns = ["model", "method", "calls", *(f"cfg {scale:g}" for scale in SCALES)]
     title = "A picture inverted and sampled again under its own prompt: how much of it comes back"
     notes = [f"{source.shape[-1]}x{source.shape[-2]} photograph, {STEPS} Karras steps."]

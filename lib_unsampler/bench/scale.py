@@ -1,4 +1,4 @@
-"""A whole run of the command line at scale: peak memory and time for 100, 1,000 and 10,000 frames.
+"""A whole run of the command line at scale: peak memory and time for 100 to 500 frames, with --full to 10,000.
 
 Every run is a process of its own. ``overlap`` is the time from the first frame to the finished file over
 the larger of decoding and encoding alone, with a decoder that takes as long as encoding does (the hardest
@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -26,15 +27,31 @@ from PIL import Image
 from ..pictures import animation
 from ..pictures.timing import Timing
 from ..settings import Settings
-from ..standalone import running
-from ._report import Report, peak_memory
+from ..standalone import reading, running
+from ._report import Report, peak_memory, progress
 from .animation import PHOTOGRAPH, levels_of_noise
 
-SIZES = {128: (100, 1000, 10000), 512: (100, 1000)}
 ENDINGS = (".gif", ".png", ".webp", ".mp4")
-OVERLAPPED = {128: 1000, 512: 300}
-"""Frames of the run whose overlap is measured: more of the small ones, whose run is soon over."""
-ROUNDS = 5
+LEAST = 100
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        frames: Frames of the runs beside the one of LEAST, by the frame's side.
+        overlapped: Frames of the run whose overlap is measured: more of the small ones, whose run is soon over.
+        rounds: Times that the overlap is measured.
+    """
+
+    frames: Mapping[int, tuple[int, ...]]
+    overlapped: Mapping[int, int]
+    rounds: int
+
+
+SHORT = Scale({128: (500,), 512: (150,)}, {128: 120, 512: 24}, 3)
+FULL = Scale({128: (1000, 10000), 512: (1000,)}, {128: 1000, 512: 300}, 5)
 
 
 def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
@@ -43,17 +60,18 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
         picture = Path(folder) / "picture.png"
         Image.open(PHOTOGRAPH).convert("RGB").resize((side, side)).save(picture)
         settings = Settings(steps=frames - 1, noise="independent")
-        targets = running.Targets(Path(folder) / f"film{ending}", latents=Path(folder) / "film.safetensors")
+        film = Path(folder) / f"film{ending}"
+        targets = running.Targets(film, latents=Path(folder) / "film.safetensors")
         begun = time.perf_counter()
-        running.unsample_picture(running.load_picture(picture, side), settings, targets, quiet=True)
+        running.unsample_picture(reading.load_picture(picture, side), settings, targets, quiet=True)
         taken = time.perf_counter() - begun
-        size = targets.animation.stat().st_size
+        size = film.stat().st_size
     return {"ending": ending, "side": side, "frames": frames, "seconds": taken, "bytes": size, "memory": peak_memory()}
 
 
-def overlap(ending: str, side: int) -> float:
+def overlap(ending: str, side: int, count: int, rounds: int) -> float:
     """Time of a run over the larger of decoding and encoding alone, where decoding takes as long; the median."""
-    frames = levels_of_noise(OVERLAPPED[side], side)
+    frames = levels_of_noise(count, side)
 
     def decoded(wait: float) -> Iterator[Image.Image]:
         for frame in frames:
@@ -70,7 +88,7 @@ def overlap(ending: str, side: int) -> float:
         animation.write(path, source, Timing([0.1] * len(frames)))
 
     ratios = []
-    for _ in range(ROUNDS):  # side by side, since the machine's speed drifts
+    for _ in range(rounds):  # side by side, since the machine's speed drifts
         encoding = seconds(written, 0)
         wait = encoding / len(frames)
         decoding = seconds(lambda source, _: deque(source, maxlen=0), wait)  # a sleep is never exact
@@ -82,34 +100,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """This bench's own options."""
     known = ENDINGS if find_spec("av") else ENDINGS[:-1]
     parser.add_argument("--formats", nargs="+", choices=known, default=known, help="file endings (default: all)")
+    parser.add_argument("--full", action="store_true", help="up to 10,000 frames: some twenty minutes on two cores")
 
 
 def run(options: argparse.Namespace) -> Report:
     """Measures every format and size."""
-    records, rows = [], []
-    for ending in options.formats:
-        for side, counts in SIZES.items():
-            ratio = _apart("overlap", ending, str(side))
-            for frames in counts:
-                record = {**_apart("at_scale", ending, str(side), str(frames)), "overlap": ratio}
-                first = records[-1]["first"] if frames > counts[0] else record["memory"]
-                records.append({**record, "first": first})
-                growth = (record["memory"] - first) / 1e6
-                rows.append(
-                    [
-                        ending,
-                        f"{side} x {side}",
-                        f"{frames:,}",
-                        f"{record['seconds']:.1f} s",
-                        f"{record['bytes'] / 1e6:.1f} MB",
-                        f"{record['memory'] / 1e6:.0f} MB",
-                        "" if frames == counts[0] else f"{growth:+.0f} MB",
-                        f"{ratio:.2f}",
-                    ]
-                )
-    columns = ["format", "frame", "frames", "time", "size", "peak memory", "over 100 frames", "overlap"]
+    scale = FULL if options.full else SHORT
+    cases = [(ending, side) for ending in options.formats for side in scale.frames]
+    each = progress(cases, len(cases))
+    records = [record for ending, side in each for record in _measured(ending, side, scale)]
+    columns = ["format", "frame", "frames", "time", "size", "peak memory", f"over {LEAST} frames", "overlap"]
     title = "The command line from picture to animation and latents file, independent noise"
-    return Report(title, columns, rows, records, ["Peak memory is the whole process's, torch included."])
+    notes = ["Peak memory is the whole process's, torch included."]
+    return Report(title, columns, [_row(record) for record in records], records, notes)
+
+
+def _measured(ending: str, side: int, scale: Scale) -> list[dict[str, Any]]:
+    """Every run of one format and size."""
+    ratio = _apart("overlap", ending, str(side), str(scale.overlapped[side]), str(scale.rounds))
+    found = [_apart("at_scale", ending, str(side), str(frames)) for frames in (LEAST, *scale.frames[side])]
+    return [{**record, "overlap": ratio, "first": found[0]["memory"]} for record in found]
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    growth = (record["memory"] - record["first"]) / 1e6
+    return [
+        record["ending"],
+        f"{record['side']} x {record['side']}",
+        f"{record['frames']:,}",
+        f"{record['seconds']:.1f} s",
+        f"{record['bytes'] / 1e6:.1f} MB",
+        f"{record['memory'] / 1e6:.0f} MB",
+        "" if record["frames"] == LEAST else f"{growth:+.0f} MB",
+        f"{record['overlap']:.2f}",
+    ]
 
 
 def _apart(function: str, *arguments: str) -> Any:
@@ -120,4 +144,5 @@ def _apart(function: str, *arguments: str) -> Any:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, ending, *numbers = sys.argv[1:]
-    print(json.dumps({"overlap": overlap, "at_scale": at_scale}[name](ending, *map(int, numbers))))
+    jobs: dict[str, Callable[..., Any]] = {"overlap": overlap, "at_scale": at_scale}
+    print(json.dumps(jobs[name](ending, *map(int, numbers))))

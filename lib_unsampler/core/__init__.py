@@ -1,3 +1,4 @@
-"""Noise levels as tensors: schedules, noising, inversion, replay and the file that keeps them. Torch, numpy and
-safetensors only.
+"""Noise levels as tensors: schedules, noising, inversion, replay and the file that keeps them.
+
+Torch, numpy and safetensors only.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DEPTH = 12
@@ -43,7 +44,7 @@ def _pieces(value: Any, depth: int) -> Iterator[bytes]:
         yield from _inside(value, depth)
 
 
-def _array(array: np.ndarray | None) -> Iterator[bytes]:
+def _array(array: NDArray[Any] | None) -> Iterator[bytes]:
     yield b"" if array is None else np.ascontiguousarray(array).tobytes()
 
 

@@ -155,7 +155,7 @@ class Solver:
         self._sigma = sigma
 
     def _slopes(self) -> np.ndarray:
-        """dx . J dx / dx . dx of each pair."""
+        """Each pair's dx . J dx, over dx . dx."""
         moves = np.arange(0, 2 * MEMORY, 2)
         ratio = self._products[:, moves, moves + 1] / self._products[:, moves, moves]
         return self._turn * (ratio - (1 - self._parts)) / self._parts

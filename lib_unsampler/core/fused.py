@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .philox import PhiloxDraws
@@ -124,7 +125,9 @@ def _launch(key: tuple[Any, ...], grid: tuple[int, int, int], arguments: tuple[A
     try:
         _ready[key][grid](*arguments, stream=stream(key[0]))
     except (KeyError, TypeError):  # not compiled yet, or a Triton whose compiled kernels take other arguments
-        _ready[key] = kernels().unsample[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
+        module = kernels()
+        assert module is not None  # or serves() would have said so
+        _ready[key] = module.unsample[grid](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 def stream(device: torch.device) -> int:
@@ -132,7 +135,7 @@ def stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def upload(words: np.ndarray, device: torch.device) -> Tensor:
+def upload(words: NDArray[Any], device: torch.device) -> Tensor:
     """A copy on the device, for the kernels launched after it; nothing waits."""
     staged = torch.tensor(words)
     if words.nbytes > STAGED_BYTES:

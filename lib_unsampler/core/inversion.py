@@ -3,8 +3,9 @@ r"""Inversion: the model walks its own schedule backwards, from a picture to the
 Two solvers, over the same k-diffusion samplers:
 
 * ``reverse`` runs the sampler over the ascending schedule :math:`s_{n-1} < \dots < s_e` (ComfyUI_Noise's
-  Unsampler, FlipSigmas): the probability-flow ODE integrated upwards. The first step, from 0 to
-  :math:`s_{n-1}`, is one Euler step with D evaluated at :math:`s_{n-1}`: :math:`z = x + (x - D(x; s_{n-1}))`.
+  Unsampler, FlipSigmas): the probability-flow ODE integrated upwards. The first step, from the schedule's end
+  :math:`s_n` (mostly 0) to :math:`s_{n-1}`, is one Euler step with D evaluated at :math:`s_{n-1}`:
+  :math:`z = x + (1 - s_n / s_{n-1}) (x - D(x; s_{n-1}))`.
 * ``exact`` finds at each level the state x that the sampler's *own step* maps onto the present one, y:
 
   .. math:: F(x) = \mathrm{step}_i(x) - y = 0, \quad
@@ -17,16 +18,23 @@ Two solvers, over the same k-diffusion samplers:
   calls, the levels handed over at the end, and under strong guidance not always converging (the images say so).
   Each image of a batch converges by itself, and costs no call once it has.
 
-The sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
+A schedule that ends above 0 has the source as its state there. On one that ends at 0 the
+sampler's last step maps x at :math:`s_{n-1}` to :math:`D(x; s_{n-1})`, whose range need not hold the
 source. The convention: it is solved like every other step, from x = source, and where it converges no
 further, or only to more noise than that level has (three times its sigma), the best x stays. Its residual says
 what is lost, and the round trip loses about that much.
 Half-precision models converge as far as their rounding lets them: the solver stops where it gets no nearer.
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
-their velocity). The solvers' own arithmetic is float64; that of ``exact`` is on the CPU, where each iteration's
-residual has to be looked at anyway, while ``reverse`` waits for the device only where k-diffusion does. The model
-sees float32, or the latent's dtype if that is wider.
+their velocity). The latents stay on their device: ``exact`` works in float32, or their dtype if that is wider, and
+looks at the device once an iteration; ``reverse`` works in float64 and waits only where k-diffusion does.
+
+Samplers that add noise have no inverse: their step maps a state and fresh noise onto the next state, so a picture has
+one start for every choice of noises. What can be done is one of two things. The deterministic kin (KIN), which solves
+the probability-flow ODE of the same marginals, gives the one z from which *it* comes back; the SDE sampler itself,
+started from that z, gives another picture of the same distribution, nearer the source the less noise it adds. Or z at
+every level is drawn first and the noises solved for that lead the sampler through them: :mod:`.replay`, exact at any
+guidance scale, whose noises are no longer white.
 """
 
 from __future__ import annotations
@@ -73,9 +81,33 @@ class Model(Protocol):
     from the noisiest visited level down, from 0 (step i of a two-call sampler makes calls 2 i and 2 i + 1):
     it is the forward call that this one mirrors, by which hosts look up prompt editing, the refiner and the
     negative guidance minimum sigma. ``images`` with shape (b) are the batch's images that x holds; None is all.
+
+    A model whose conditions do not depend on the call may also offer ``stacked(x, sigma, calls, images)``, with
+    calls and images of shape (b): states of several levels in one batch. It is given as many as its memory has held
+    so far: all of a round at first, and half of what it raised ``torch.cuda.OutOfMemoryError`` for.
     """
 
-    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D(x; sigma) of these images."""
+
+
+class Unnumbered:
+    """A denoiser ``model(x, sigma)`` as :class:`Model`, whose answers depend on nothing else; it counts its calls."""
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """``denoiser`` takes any batch."""
+        self._denoiser = denoiser
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D of one level."""
+        self.calls += 1
+        return self._denoiser(x, sigma)
+
+    def stacked(self, x: Tensor, sigma: Tensor, calls: Tensor, images: Tensor) -> Tensor:
+        """D of several levels in one batch."""
+        self.calls += 1
+        return self._denoiser(x, sigma)
 
 
 class InversionError(ValueError):
@@ -108,6 +140,24 @@ class Level:
     converged: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Walked:
+    """The levels of a batch that a model walked backwards.
+
+    Attributes:
+        levels: Every visited level that was reached, least noisy first.
+        estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
+    """
+
+    levels: tuple[Level, ...]
+    estimates: Mapping[int, Tensor]
+
+    def kept(self, plan: Levels) -> Iterator[tuple[int, Tensor]]:
+        """The kept levels that were reached, as (schedule index, z in float32)."""
+        wanted = set(plan.kept)
+        return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
+
+
 Visit = Callable[[Level], None]
 
 
@@ -124,11 +174,17 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     if name not in CALLS:
         raise InversionError(f"sampler: {sampler!r} can not be inverted; choose one of {', '.join(CALLS)}")
     if name not in served or (solver == "exact" and name in JOINT and name != sampler):
-        name = "euler"  # a sampler with noise gains nothing from the joint solver's many calls
+        name = "euler"  # a sampler with noise gains nothing from the joint solver's calls
     if name == sampler:
         return name, None
     why = "adds noise at each step" if sampler in KIN else "looks back over several steps"
     return name, f"{sampler} {why}: inverted ({solver}) as {name}"
+
+
+def without_noise(sampler: str, solver: str, options: Mapping[str, Any]) -> str:
+    """The message to show where a sampler's options (``s_churn``) add noise, which its inversion leaves out."""
+    churn = f" with s_churn {options['s_churn']:g}" if options.get("s_churn") else ""
+    return f"{sampler}{churn} adds noise at each step: inverted ({solver}) without it, and sampling does not come back"
 
 
 def invert(
@@ -191,11 +247,13 @@ class Step:
     def __init__(
         self, denoise: Callable[..., Tensor], function: Callable[..., Tensor], sigmas: Tensor, weight: float | None
     ) -> None:
-        """Arguments:
-        denoise: ``(x, sigma, stage, images) -> D``; stage counts the step's calls.
-        function: The sampler's.
-        sigmas: Of its start and its end, like the states.
-        weight: D's in a step of one call, :math:`(1 - w) x + w D`; None for others.
+        """The step from ``sigmas[0]`` to ``sigmas[1]``.
+
+        Arguments:
+            denoise: ``(x, sigma, stage, images) -> D``; stage counts the step's calls.
+            function: The sampler's.
+            sigmas: Of its start and its end, like the states.
+            weight: D's in a step of one call, :math:`(1 - w) x + w D`; None for others.
         """
         self._denoise, self._function, self._sigmas, self._weight = denoise, function, sigmas, weight
 
@@ -219,9 +277,9 @@ class Step:
         return evaluate
 
     def predicted(self, y: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+        r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
 
-        With D given the sampler's step is affine in x, :math:`\\mathrm{step}(x) = \\alpha x + \\gamma`.
+        With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
         """
         if not past:
             return y
@@ -296,7 +354,8 @@ class _Run:
             self._reversed(visited[info["i"]], info["x"], info["denoised"])
 
         self._count = 0
-        z = source + (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
+        part = 1 - float(self._schedule[-1] / sigmas[0])
+        z = source + part * (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
         if len(visited) > 1:
             z = self._function(denoise, z, sigmas.to(source), extra_args={}, callback=callback, disable=True)
         self._reversed(visited[-1], z, None)

@@ -1,20 +1,23 @@
-r"""Exact inversion of samplers whose step also looks at the model's answers on levels above (DPM++ 2M, LMS).
+r"""Exact inversion where a sampler's step also looks at the model's answer one level above (DPM++ 2M).
 
-With the answers D given, every deterministic sampler with one call a step is affine:
+With the answers D given, the step is affine:
 
-.. math:: x_{i+1} = \alpha_i x_i + \sum_{j \le i} \gamma_{ij} D(x_j; s_j)
+.. math:: x_{i+1} = \alpha_i x_i + \gamma_{ii} D(x_i; s_i) + \gamma_{i,i-1} D(x_{i-1}; s_{i-1})
 
 No level can be solved for alone, so the levels are one system, solved for all at once by quasi-Newton steps. The
-Jacobian is the model's, level by level, as its calls have shown it: a scalar j, and for each level's own calls and
-those of the two levels below the secants :math:`J u = v`, in the manner of kriging,
+Jacobian is the model's, level by level, as its calls have shown it: a scalar j and, from a level's own calls and
+those of the two levels below, secants :math:`J u = v`, put together by kriging,
 
 .. math:: J \delta = j \delta + (V - j U) (U^\top U + \varepsilon)^{-1} U^\top \delta
 
-(Schubert 1970 is this for one variable a block; Anderson's acceleration of the whole stack, whose secants are as
-long as the stack, needs about twice the calls.) A new level joins at the noisy end each round, from answers
+(Schubert 1970 updates a sparse Jacobian so, row by row. Anderson's acceleration of the whole stack, whose secants are
+as long as the stack, needs twice to three times the calls.) A new level joins at the noisy end each round, from answers
 extrapolated linearly in log sigma, while those below are still being solved. Only levels whose answer is in doubt
 are called again: those of one round do not wait for each other, and go to the model together if it takes them so.
 The vectors stay in the latents' precision on their device; the algebra of their products is float64 on the CPU.
+
+LMS looks back over every level; from a noisy state its levels are solved like these, but its last step, which
+mixes answers of four levels with alternating signs, converges too slowly from a photograph to be worth its calls.
 """
 
 from __future__ import annotations
@@ -43,9 +46,6 @@ unless it is expected to miss by NOISE times the least that it has missed."""
 
 PATIENCE = 3
 """Rounds without progress after which an image is left as it is."""
-
-NEGLIGIBLE = 1e-3
-"""Weight of an answer below which what it changes in a settled level is not looked at."""
 
 
 def extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise: Tensor) -> Tensor:
@@ -97,12 +97,14 @@ class Joint:
     def __init__(
         self, steps: tuple[np.ndarray, np.ndarray], answer: Answer, source: Tensor, sigmas: Tensor, scales: Tensor
     ) -> None:
-        """Arguments:
-        steps: The sampler's :func:`factors`.
-        answer: The model.
-        source: The clean latents, with shape (B, ...), in the precision and on the device to work in.
-        sigmas: The levels' sigmas, rising, with shape (levels), float64 on the CPU.
-        scales: What residuals are measured by at each level.
+        """A stack of which no level has begun.
+
+        Arguments:
+            steps: The sampler's :func:`factors`.
+            answer: The model.
+            source: The clean latents, with shape (B, ...), in the precision and on the device to work in.
+            sigmas: The levels' sigmas, rising, with shape (levels), float64 on the CPU.
+            scales: What residuals are measured by at each level.
         """
         self._start, self._weights = steps
         self._answer, self._shape, self._source = answer, source.shape, source.flatten(1)
@@ -119,7 +121,7 @@ class Joint:
         self._rate = np.ones((levels, size))  # of D's error to the move, as last seen
         self._floor = np.full((levels, size), np.inf)  # the least error seen
         self._fails = np.zeros((levels, size), int)  # calls since it last fell
-        self._held = np.zeros((levels, size), bool)
+        self._held = np.zeros((levels, 1), bool)
         self._active = np.ones(size, bool)
         self.residual = np.full((levels, size), np.inf)
         self.calls = np.zeros((levels, size), int)
@@ -156,12 +158,11 @@ class Joint:
                 self._join(front)
 
     def _begin(self, first: Solved, tolerance: float) -> None:
-        """Takes the last step's level as solved, and holds it where nothing would move it, or to no good."""
+        """Takes the last step's level as it is: nothing above bears on it."""
         self.x[0] = self._called_x[0] = first.x.flatten(1).to(self.x)
         self.residual[0], self.calls[0], self._moved[0] = first.residual.numpy(), first.calls.numpy(), 0
-        lost = self.residual[0] > tolerance
-        self._held[0] = lost | ~self._weights[0, 1:].any()
-        here = torch.from_numpy(lost)[:, None].to(self.x.device)
+        self._held[0] = True
+        here = torch.from_numpy(self.residual[0] > tolerance)[:, None].to(self.x.device)
         self.d[0] = self._called_d[0] = torch.where(here, first.denoised.flatten(1).to(self.x), self._source)
 
     def _beyond(self, front: int) -> np.ndarray:
@@ -201,10 +202,10 @@ class Joint:
         return self._bearing[:, None] * self._rate * self._moved
 
     def _round(self, asked: np.ndarray, front: int, tolerance: float) -> tuple[Tensor, int]:
-        """Calls the model, learns, and looks at what the steps miss.
+        r"""Calls the model, learns, and looks at what the steps miss.
 
         Returns:
-            :math:`F_p = x_{p-1} - \\alpha_p x_p - \\sum_q \\gamma_{pq} D_q` from a place on, and that place.
+            :math:`F_p = x_{p-1} - \alpha_p x_p - \sum_q \gamma_{pq} D_q` from a place on, and that place.
         """
         low = self._lowest(front, tolerance)
         places, images = np.nonzero(asked)
@@ -214,7 +215,8 @@ class Joint:
         parts = [missed.flatten(), *self._secants.products(force)]
         looked = torch.cat([*parts, *([] if shown is None else [shown])]).cpu().double().numpy()  # the round's one look
         counts = np.cumsum([len(part) for part in parts])
-        self._missed[low : front + 1] = looked[: counts[0]].reshape(missed.shape) / self._scales[low : front + 1, None] / self._root
+        units = self._root * self._scales[low : front + 1, None]
+        self._missed[low : front + 1] = looked[: counts[0]].reshape(missed.shape) / units
         self._secants.learn(looked[counts[0] : counts[-1]], force.shape[0])
         if shown is not None:
             self._judge(places, images, looked[counts[-1] :] / self._root)
@@ -229,12 +231,10 @@ class Joint:
         """The lowest place that a change since the last look may have moved."""
         moving = self._moving(tolerance)[: front + 1]
         self._secants.window(np.where(self._active, np.argmax(moving, 0), front), front)
-        lowest = int(np.argmax(moving.any(1)))
-        reached = (np.abs(self._weights[: lowest + 1, lowest:]) > NEGLIGIBLE).any(1)
-        return int(np.argmax(reached))
+        return max(0, int(np.argmax(moving.any(1))) - 1)
 
     def _call(self, places: np.ndarray, images: np.ndarray) -> Tensor:
-        """Asks the model; returns the RMS of its answers' differences from what was predicted."""
+        """Asks the model; returns by how much its answers differ from what was predicted."""
         rows = torch.from_numpy(places * self._shape[0] + images).to(self.x.device)
         x, predicted = self.x.flatten(0, 1)[rows], self.d.flatten(0, 1)[rows]
         d = self._answer(x.unflatten(1, self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
@@ -249,7 +249,7 @@ class Joint:
         return torch.linalg.vector_norm(d - predicted, dim=1)
 
     def _judge(self, places: np.ndarray, images: np.ndarray, error: np.ndarray) -> None:
-        """How much D's prediction errs for a move, and how much of that is the model's rounding, as two calls show."""
+        """How much D's prediction erred, for the move, and whether that is getting less."""
         at = places, images
         seen = np.isfinite(self._moved[at]) & (self._moved[at] > 0)
         with np.errstate(divide="ignore", invalid="ignore"):

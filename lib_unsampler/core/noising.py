@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import fused
@@ -63,7 +65,9 @@ def implied_noise(z: Tensor, x: Tensor, sigma: Tensor, prediction: str) -> Tenso
     return (z.float() - signal_scale(sigma, prediction) * x.float()) / sigma
 
 
-def diffusion(sigma: np.ndarray, to_sigma: np.ndarray, prediction: str) -> tuple[np.ndarray | float, np.ndarray]:
+def diffusion(
+    sigma: NDArray[Any], to_sigma: NDArray[Any], prediction: str
+) -> tuple[NDArray[Any] | float, NDArray[Any]]:
     r"""The factors (of z, of the noise) of :func:`diffuse`; everything float64 and of one shape.
 
     In numpy: for a handful of numbers torch takes longer than the GPU takes for the whole batch.
@@ -174,9 +178,13 @@ def plan(levels: Levels, kind: str, prediction: str) -> list[tuple[float, float,
     return list(zip(signal, scale, draws, (slots.get(index, -1) for index in indices)))
 
 
-def path_factors(schedule: np.ndarray, prediction: str) -> np.ndarray:
-    """:func:`diffusion`'s factors by draw number: row j leads to schedule index n - 1 - j; float32, (n, 2)."""
+def path_factors(schedule: NDArray[Any], prediction: str) -> NDArray[Any]:
+    """:func:`diffusion`'s factors by draw number: row j leads to schedule index n - 1 - j; float32, (n, 2).
+
+    The first begins at the clean latent, sigma 0, wherever sampling ends.
+    """
     sigma = schedule[::-1].astype(np.float64)
+    sigma[0] = 0
     factors = np.empty((len(sigma) - 1, 2), np.float32)
     factors[:, 0], factors[:, 1] = diffusion(sigma[:-1], sigma[1:], prediction)
     return factors
@@ -248,10 +256,10 @@ def unsample(
 
 def runs_fused(x: Tensor, levels: Levels, draw: Draw, kind: str, normalize: bool = False) -> bool:
     """Whether :func:`unsample` writes this batch with the fused kernel: for benchmarks and tests."""
-    philox = isinstance(draw, PhiloxDraws) and not normalize
-    if philox and (len(draw.seeds), *draw.shape) != x.shape:
-        raise ValueError(f"noise: draws of shape {(len(draw.seeds), *draw.shape)} for latents of {tuple(x.shape)}")
-    return fused.serves(x, levels.kept, philox, kind)
+    philox = draw if isinstance(draw, PhiloxDraws) and not normalize else None
+    if philox is not None and (len(philox.seeds), *philox.shape) != x.shape:
+        raise ValueError(f"noise: draws of shape {(len(philox.seeds), *philox.shape)} for latents of {tuple(x.shape)}")
+    return fused.serves(x, levels.kept, philox is not None, kind)
 
 
 def variance_preserving(z: Tensor, sigma: Tensor, prediction: str) -> Tensor:
@@ -283,6 +291,7 @@ class SeededDraws:
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
+        """The j-th draw of every image."""
         if j < self._next:
             raise ValueError(f"draw {j} was already taken (next is {self._next})")
         drawn = torch.empty((len(self._generators), *self._shape), device=self._device)

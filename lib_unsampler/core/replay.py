@@ -15,7 +15,14 @@ The sampler's own function is run, unchanged, for recording as for replaying: :m
 noise with an :class:`OpenNoise`, which keeps the factors it is multiplied by and is settled when it is
 added to :math:`\mu_i`. So every sampler with the signature ``f(model, x, sigmas, ..., noise_sampler)``
 whose noise is scaled and added is served, with as many model calls as it makes. One that asks for noise
-on the way to a level between two of the schedule's (DPM++ SDE) is led through a fresh z at that level.
+on the way to a level between two of the schedule's (DPM++ SDE) is led through a fresh z at that level; where
+the schedule ends above 0 the last step may have noise too, which leads to the source.
+
+Which samplers qualify is no list but a rule, tried in a :mod:`~.rehearsal` before any model call: every step but
+the last (and those between two equal levels) adds at least one noise, its factor above 0; every tensor is
+finite; run again with these noises it repeats itself. Whether it also repeats itself from a later step on is
+found in the same way, where a skip asks for it. A model that answers one question in two ways (token merging)
+cannot give the picture back either: for one that may, one call is made twice.
 
 In a host, inside a wrapper of ``p.sampler.func`` (``functools.wraps``; restore it first), with the host's
 own mask out of its denoiser::
@@ -34,23 +41,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .noising import add_noise
+from .rehearsal import RehearsalError, Sampler, StandIn, name_of, rehearse, waves
 
-Sampler = Callable[..., Tensor]
-"""``f(model, x, sigmas, extra_args=, callback=, disable=, eta=, s_noise=, noise_sampler=)``, as in k-diffusion."""
-
-MULTISTEP = ("dpmpp_2m_sde", "dpmpp_3m_sde")
-"""Samplers whose step also looks at the steps before: their noises only fit the start they were made from."""
+SAME = 2e-3
+"""How far a repeated model call may be off, RMS by the level's sigma or 1: half precision's rounding, and no more."""
 
 
-class ReplayError(ValueError):
+class ReplayError(RehearsalError):
     """A sampler, options or a schedule with which a picture cannot be replayed."""
 
 
@@ -61,7 +67,7 @@ class Recording:
     Attributes:
         sampler: The name after ``sample_`` of the sampler's function.
         options: The function's numbers and words as they were (eta, s_noise, solver_type, ...).
-        sigmas: The descending schedule it was recorded on, ending in 0, with shape (S + 1).
+        sigmas: The descending schedule it was recorded on, to where sampling ends, with shape (S + 1).
         states: x before each step, noisiest first, with shape (S, B, C, [T,] H, W).
         maps: The noises in the order the sampler asks for them, with shape (M, B, C, [T,] H, W).
         steps: The step, from 0, that each noise belongs to.
@@ -86,6 +92,10 @@ class Recording:
         if list(self.steps) != sorted(self.steps) or not set(self.steps) <= set(range(len(self.states))):
             raise ReplayError(f"steps {self.steps} do not rise through those of {len(self.states)} states")
 
+    def noises(self, skip: int) -> Callable[..., Tensor]:
+        """The ``noise_sampler`` that gives them again from a step on."""
+        return _Noises(self.sampler, [noise for noise, step in zip(self.maps, self.steps) if step >= skip])
+
     def like(self, x: Tensor) -> Recording:
         """The recording for a run from an x: on its device, a single picture repeated for its batch.
 
@@ -98,9 +108,17 @@ class Recording:
         return replace(self, states=states, maps=maps, residual=self.residual.expand(x.shape))
 
 
-def name_of(function: Sampler) -> str:
-    """The sampler's name in k-diffusion."""
-    return function.__name__.removeprefix("sample_")
+class _Noises:
+    """A ``noise_sampler`` that gives chosen noises, one after the other."""
+
+    def __init__(self, sampler: str, maps: Iterable[Tensor]) -> None:
+        self._sampler, self._maps = sampler, iter(maps)
+
+    def __call__(self, *_: Any) -> Tensor:
+        noise = next(self._maps, None)
+        if noise is None:
+            raise ReplayError(f"maps: {self._sampler!r} asks for more noises than were recorded")
+        return noise
 
 
 def plain_options(function: Sampler, options: Mapping[str, Any]) -> dict[str, float | str]:
@@ -111,8 +129,9 @@ def plain_options(function: Sampler, options: Mapping[str, Any]) -> dict[str, fl
 
 
 def check_function(function: Sampler, sigmas: Tensor | None = None, **options: Any) -> None:
-    """Raises ReplayError, by name, for a sampler without noises of its own, or with eta or s_noise 0, or on a
-    schedule (if it is given) of one step under a sampler that cannot sample that.
+    """Raises ReplayError, by name, for a sampler that takes no noises, or with eta or s_noise 0.
+
+    Where a schedule is given, also for one that does not replay there.
     """
     accepted = inspect.signature(function).parameters
     if "sigmas" not in accepted or "noise_sampler" not in accepted:
@@ -124,26 +143,61 @@ def check_function(function: Sampler, sigmas: Tensor | None = None, **options: A
     for name in ("eta", "s_noise"):
         if values.get(name) == 0:
             raise ReplayError(f"{name}: 0 leaves {name_of(function)!r} without noise, which replay needs (above 0)")
-    if sigmas is not None and len(sigmas) == 2 and name_of(function) in MULTISTEP:
-        raise ReplayError(f"skip: {name_of(function)!r} cannot sample a single step; start at a noisier level")
+    if sigmas is not None:
+        rehearsed(function, None, sigmas, sigmas.new_zeros(1, 1, 1, 1), "eps", 0, **options)
 
 
 class OpenNoise:
-    """A noise not chosen yet: it keeps the factors it is multiplied by, until it is added to mu."""
+    """A noise not chosen yet: it keeps the factors it is multiplied by, until it is added to mu.
 
-    def __init__(self, settle: Callable[[Tensor, tuple[Any, ...]], Tensor], factors: tuple[Any, ...] = ()) -> None:
-        self._settle = settle
+    Of a tensor's attributes it has the shape, the type and the place.
+    """
+
+    def __init__(self, asked: Asked, factors: tuple[Any, ...] = ()) -> None:
+        self._asked = asked
         self._factors = factors
+        self.shape, self.ndim, self.dtype, self.device = asked.z.shape, asked.z.ndim, asked.z.dtype, asked.z.device
 
     def __mul__(self, factor: Any) -> OpenNoise:
-        return OpenNoise(self._settle, (*self._factors, factor))
+        return OpenNoise(self._asked, (*self._factors, factor))
 
     __rmul__ = __mul__
 
+    def __truediv__(self, factor: Any) -> OpenNoise:
+        return OpenNoise(self._asked, (*self._factors, 1 / factor))
+
     def __radd__(self, mu: Tensor) -> Tensor:
-        return self._settle(mu, self._factors)
+        return self._asked.settle(mu, self._factors)
 
     __add__ = __radd__
+
+
+class Asked:
+    """A sampler's call for one noise, that is to lead to z; added twice, it is the same noise.
+
+    Attributes:
+        z: Where it leads.
+        step: The step it belongs to.
+        noise: What it was settled to, when it was first added; None before.
+        scaled: Whether its factor was above 0 everywhere.
+    """
+
+    def __init__(self, z: Tensor, step: int) -> None:
+        self.z, self.step = z, step
+        self.noise: Tensor | None = None
+        self.scaled = False
+
+    def settle(self, mu: Tensor, factors: tuple[Any, ...]) -> Tensor:
+        """What is left of mu when the noise, times its factors, is added."""
+        if self.noise is None:
+            scale = math.prod(f if torch.as_tensor(f).numel() > 1 else float(f) for f in factors)
+            self.scaled = bool((torch.as_tensor(scale).abs() > 0).all())
+            # a repeated level takes no noise
+            self.noise = (self.z.to(mu) - mu) / scale if self.scaled else torch.zeros_like(mu)
+        noise = self.noise
+        for factor in factors:  # in the order and rounding in which a chosen noise is scaled
+            noise = noise * factor
+        return mu + noise
 
 
 class Recorder:
@@ -154,37 +208,91 @@ class Recorder:
     ) -> None:
         """See :func:`record`."""
         self._sigmas = sigmas
-        self._wanted = states
+        self._targets = [*states.flip(0)[1:], source]
         self._source = source
         self._fresh = fresh
         self._prediction = prediction
         self.states: list[Tensor] = []
-        self.maps: list[Tensor] = []
-        self.steps: list[int] = []
+        self.asked: list[Asked] = []
+
+    @property
+    def maps(self) -> list[Tensor]:
+        """The noises in the order in which they were asked for; 0 where one was dropped."""
+        return [torch.zeros_like(self._source) if one.noise is None else one.noise for one in self.asked]
 
     def callback(self, info: Mapping[str, Any]) -> None:
         """Called by the sampler once in each step, with the x before it."""
         self.states.append(info["x"].clone())
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> OpenNoise:
-        z = self._target(torch.as_tensor(sigma_next))
-        return OpenNoise(lambda mu, factors: self._settle(z, mu, factors))
+        """The noise of the step to ``sigma_next``, which is chosen when the sampler adds it."""
+        asked = Asked(self._target(torch.as_tensor(sigma_next)), len(self.states) - 1)
+        self.asked.append(asked)
+        return OpenNoise(asked)
 
     def _target(self, sigma: Tensor) -> Tensor:
-        """Z at a level: the given one at the step's end, a fresh one at a level on the way there."""
-        step = len(self.states)
+        """Z at a level: the given one (or the source) at the step's end, a fresh one at a level on the way there."""
+        step = min(len(self.states), len(self._targets))
         if torch.isclose(sigma.cpu().float(), self._sigmas[step].cpu().float(), rtol=1e-5):  # exp(log(s)) is not s
-            return self._wanted[-1 - step]
+            held: Tensor = self._targets[step - 1]
+            return held
         return add_noise(self._source, next(self._fresh), sigma, self._prediction)
 
-    def _settle(self, z: Tensor, mu: Tensor, factors: tuple[Any, ...]) -> Tensor:
-        scale = math.prod(float(f) for f in factors)
-        noise = (z.to(mu) - mu) / scale if scale else torch.zeros_like(mu)  # a repeated level takes no noise
-        self.maps.append(noise)
-        self.steps.append(len(self.states) - 1)
-        for factor in factors:  # in the order and rounding in which a chosen noise is scaled
-            noise = noise * factor
-        return mu + noise
+    def recording(self, function: Sampler, options: Mapping[str, Any], out: Tensor) -> Recording:
+        """What was recorded, when the sampler has returned ``out``.
+
+        Raises:
+            ReplayError: by name, if it cannot be replayed.
+        """
+        name, steps = name_of(function), len(self._targets)
+        if len(self.states) != steps:
+            raise ReplayError(f"sampler: {name!r} tells of {len(self.states)} steps on a schedule of {steps}")
+        taken = {asked.step for asked in self.asked if asked.noise is not None and asked.scaled}
+        for step, (here, to) in enumerate(zip(self._sigmas[:-2].tolist(), self._sigmas[1:-1].tolist())):
+            if step not in taken and here > to:
+                raise ReplayError(
+                    f"sampler: {name!r} adds no noise at step {step} (sigma {here:.4g} to {to:.4g}), which replay "
+                    "needs at every step but the last; choose another, such as 'euler_ancestral' (Euler a)"
+                )
+        if any(one.step < 0 for one in self.asked):
+            raise ReplayError(f"sampler: {name!r} asks for noise before its first step")
+        made = Recording(
+            sampler=name,
+            options=plain_options(function, options),
+            sigmas=self._sigmas,
+            states=torch.stack(self.states),
+            maps=torch.stack(self.maps) if self.asked else out.new_empty((0, *out.shape)),
+            steps=tuple(one.step for one in self.asked),
+            residual=self._source.cpu().double() - out.cpu().double(),
+        )
+        for part in ("states", "maps", "residual"):
+            if not getattr(made, part).isfinite().all():
+                raise ReplayError(f"sampler: {name!r} gives {part} that are not finite numbers")
+        return made
+
+
+class _AskedAgain:
+    """A model that is asked its first question twice."""
+
+    def __init__(self, model: Any, rewind: Callable[[], None]) -> None:
+        self._model, self._rewind, self._calls = model, rewind, 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        denoised: Tensor = self._model(x, sigma, **args)
+        self._calls += 1
+        if self._calls == 1:
+            self._rewind()
+            again = self._model(x, sigma, **args)
+            off = float((again - denoised).double().square().mean().sqrt() / sigma.max().clamp(min=1))
+            if off > SAME:
+                raise ReplayError(
+                    f"model: asked the same twice it gives two answers, {off:.2g} apart, from which no picture comes "
+                    "back; turn off what draws at random within it (token merging, hypertile)"
+                )
+        return denoised
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)  # some samplers ask their model for its prediction type
 
 
 def record(
@@ -195,6 +303,7 @@ def record(
     source: Tensor,
     fresh: Iterator[Tensor],
     prediction: str,
+    rewind: Callable[[], None] | None = None,
     **options: Any,
 ) -> Recording:
     """The noises with which a sampler gives the source.
@@ -202,20 +311,23 @@ def record(
     Arguments:
         function: The sampler.
         model: The denoiser as the sampler calls it, under the source's prompt.
-        sigmas: The descending schedule of the sampling, ending in 0, with shape (S + 1).
+        sigmas: The descending schedule of the sampling, to its end, with shape (S + 1).
         states: z at each of its noisy levels, least noisy first, from independent noise, with shape
             (S, B, C, [T,] H, W): :func:`~.noising.walk` over the unthinned levels.
         source: The clean latents with shape (B, C, [T,] H, W).
         fresh: More draws of the same shape, for samplers with noises between the levels.
         prediction: ``eps``, ``v`` or ``flow``.
+        rewind: Has the model that is no plain function of x and sigma asked its first question again, to see
+            whether it answers the same; called before that, for one that counts its calls.
         options: The sampler's keywords; ``callback`` is called too, ``noise_sampler`` is replaced.
 
     Raises:
-        ReplayError: for a sampler or options that cannot be replayed, or states that are not one per level.
+        ReplayError: for a sampler, options or a model that cannot be replayed, or states that are not one per level.
     """
-    check_function(function, sigmas, **options)
+    check_function(function, **options)
     if states.shape != (len(sigmas) - 1, *source.shape):
         raise ReplayError(f"states: {tuple(states.shape)} are not one z for each of {len(sigmas) - 1} levels")
+    rehearsed(function, model, sigmas, source, prediction, 0, **options)
     recorder, shown = Recorder(sigmas, states, source, fresh, prediction), options.get("callback")
 
     def callback(info: Mapping[str, Any]) -> None:
@@ -224,16 +336,46 @@ def record(
             shown(info)
 
     run = {**options, "callback": callback, "noise_sampler": recorder}
-    out = function(model, states[-1], sigmas, **run)
-    return Recording(
-        sampler=name_of(function),
-        options=plain_options(function, options),
-        sigmas=sigmas,
-        states=torch.stack(recorder.states),
-        maps=torch.stack(recorder.maps) if recorder.maps else source.new_empty((0, *source.shape)),
-        steps=tuple(recorder.steps),
-        residual=source.cpu().double() - out.cpu().double(),
-    )
+    out = function(model if rewind is None else _AskedAgain(model, rewind), states[-1], sigmas, **run)
+    return recorder.recording(function, options, out)
+
+
+def rehearsed(
+    function: Sampler, model: Any, sigmas: Tensor, like: Tensor, prediction: str, skip: int, **options: Any
+) -> None:
+    """Raises ReplayError, by name, for a sampler that does not replay on a schedule, or not from step ``skip`` on.
+
+    Arguments:
+        model: The denoiser that the sampler would get; it is not called.
+        like: Latents of its kind, with shape (B, C, [T,] H, W).
+    """
+    name, steps = name_of(function), len(sigmas) - 1
+    source, noise = waves(0, like), [waves(1 + number, like) for number in range(steps)]
+    zs = [add_noise(source, n, sigma, prediction) for n, sigma in zip(noise, sigmas[:-1].flip(0))]
+    fresh = (waves(1 + number, like) for number in count(steps))
+    recorder, stand_in = Recorder(sigmas, torch.stack(zs), source, fresh, prediction), StandIn(model)
+    try:
+        run: dict[str, Any] = {"callback": recorder.callback, "noise_sampler": recorder}
+        made = recorder.recording(function, options, rehearse(function, stand_in, zs[-1], sigmas, options, **run))
+        if not _repeats(function, stand_in, made, 0, options):
+            raise ReplayError(f"sampler: {name!r} does not repeat itself with the same noises: it draws others too")
+        if skip and not _repeats(function, stand_in, made, min(skip, steps - 1), options):
+            raise ReplayError(f"skip: {name!r} looks back over its steps; its maps begin where they were made")
+    except ReplayError:
+        raise
+    except RehearsalError as error:
+        alone = f"skip: {name!r} cannot sample a single step; start at a noisier level"
+        raise ReplayError(alone if steps == 1 else str(error)) from error
+
+
+def _repeats(function: Sampler, stand_in: StandIn, made: Recording, skip: int, options: Mapping[str, Any]) -> bool:
+    """Whether a sampler's states from a step on are the recorded ones again."""
+    seen: list[Tensor] = []
+    run: dict[str, Any] = {"callback": lambda info: seen.append(info["x"].clone()), "noise_sampler": made.noises(skip)}
+    seen.append(rehearse(function, stand_in, made.states[skip], made.sigmas[skip:], options, seed=1, **run))
+    out = waves(0, seen[0]).cpu().double() - made.residual
+    wanted = [*made.states[skip:], out.to(seen[0])]
+    return len(seen) == len(wanted) and torch.allclose(torch.stack(seen), torch.stack(wanted), rtol=1e-4, atol=1e-4)
 
 
 def replay(
@@ -257,17 +399,20 @@ def replay(
     Raises:
         ReplayError: as :func:`check_replay` says.
     """
-    check_replay(function, sigmas, recording, skip, **options)
+    check_replay(function, sigmas, recording, skip, model, **options)
     skip = min(skip, len(recording.states) - 1)
-    maps = iter([noise for noise, step in zip(recording.maps, recording.steps) if step >= skip])
-    run = {**options, "noise_sampler": lambda *_: next(maps)}
+    run = {**options, "noise_sampler": recording.noises(skip)}
     out = function(model, recording.states[skip], sigmas[skip:], **run)
     return (out.cpu().double() + recording.residual).to(out)
 
 
-def check_replay(function: Sampler, sigmas: Tensor, recording: Recording, skip: int = 0, **options: Any) -> None:
-    """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones, and for a
-    skip under a sampler that looks back over its steps.
+def check_replay(
+    function: Sampler, sigmas: Tensor, recording: Recording, skip: int = 0, model: Any = None, **options: Any
+) -> None:
+    """Raises ReplayError, by name, for another sampler, schedule or options than the recorded ones.
+
+    And for a skip under a sampler that looks back over its steps.
+    ``model`` is the denoiser that the sampler would get; it is not called.
     """
     if name_of(function) != recording.sampler:
         raise ReplayError(f"sampler: {name_of(function)!r} is not {recording.sampler!r}, which was recorded")
@@ -277,5 +422,5 @@ def check_replay(function: Sampler, sigmas: Tensor, recording: Recording, skip: 
     for name, value in recording.options.items():
         if now.get(name) != value:
             raise ReplayError(f"{name}: {now.get(name)!r} is not {value!r}, which was recorded")
-    if skip and recording.sampler in MULTISTEP:
-        raise ReplayError(f"skip: {recording.sampler!r} looks back over its steps; its maps begin where they were made")
+    if skip:
+        rehearsed(function, model, sigmas, recording.states[0].to(sigmas.device), "eps", skip, **options)

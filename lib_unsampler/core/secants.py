@@ -91,7 +91,7 @@ class Secants:
         self._new[image].append(slot)
 
     def window(self, lowest: np.ndarray, front: int) -> None:
-        """Looks only at levels that bear on those from ``lowest``, with shape (B), to the front; forgets those below."""
+        """From now on only what bears on levels from ``lowest``, with shape (B), to the front counts, or is kept."""
         first = np.maximum(0, lowest - BELOW)
         self._stored[np.arange(self._stored.shape[1]) < first[:, None]] = 0
         self._slots = slice(int(first.min()) * MEMORY, (front + 1) * MEMORY)

@@ -1,17 +1,20 @@
 """Trajectory: the noise levels of one run, with all that is needed to go on from them.
 
 The file is safetensors: tensors ``z`` (levels, images, C, [T,] H, W), ``sigmas`` (levels),
-``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask`` and
-``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text metadata. Loading never
-unpickles anything.
+``schedule`` (n + 1) and ``source`` (images, C, [T,] H, W), with a mask also ``mask``, where sampling began
+elsewhere than at the last z also ``handoff``, of a replay also ``states``, ``maps`` and ``residual``, and text
+metadata. Loading never unpickles anything.
+
+Format 2 holds z as the sampler knows it, unmasked. Format 1 held, with a mask, the source outside it (``blended``),
+and the unmasked last level as ``handoff``: all that such a file can be sampled from.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +23,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import naming, spool, whole
-from .noising import PREDICTIONS
 from .replay import Recording
+from .soundness import DTYPES, bad_values, misfits
 
 FORMAT = "batch-unsampler-trajectory"
-VERSION = 1
-TENSORS = ("z", "sigmas", "schedule", "source")
+VERSION = 2
+BARE_TENSORS = ("z", "sigmas", "schedule", "source")
 MASK_TENSORS = ("mask", "handoff")
 REPLAY_TENSORS = ("states", "maps", "residual")
 
 
 class TrajectoryError(ValueError):
-    """A file that is not a whole, known trajectory, or tensors that do not fit together."""
+    """A file that is not a whole, known trajectory, or tensors that do not fit together or hold what none can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,20 +42,21 @@ class Trajectory:
     """Noise levels of a batch of images, least noisy first.
 
     Attributes:
-        z: Latents with shape (L, B, C, [T,] H, W); outside a mask they are the source.
+        z: Latents with shape (L, B, C, [T,] H, W), unmasked unless ``blended``.
         sigmas: The levels' sigmas, rising, with shape (L).
-        schedule: The whole descending schedule the levels are from, ending in 0, with shape (n + 1).
+        schedule: The whole descending schedule the levels are from, to where sampling ends, with shape (n + 1).
         start: The index in ``schedule`` of the noisiest level, where sampling goes on.
         source: The clean latents with shape (B, C, [T,] H, W).
         prediction: ``eps``, ``v`` or ``flow``.
         seeds: One seed per image.
         mask: With a mask, its weights, broadcastable against ``source``; else None.
-        handoff: With a mask, the noisiest level *unmasked*: a model must not see a clean border
-            at a high noise level. None without a mask, where it is ``z[-1]``.
+        handoff: Where sampling goes on from, with the shape of ``source``, if that is not ``z[-1]``: with extra
+            noise, or where z is ``blended`` (a model must not see a clean border at a high noise level).
         replay: The source as a sampler's noises, made on the end of ``schedule`` from ``start`` or
             later; None unless the run was a replay.
         settings: The request's fields, as plain values.
         info: Anything else worth keeping as text (model name, host).
+        blended: Whether z is the source outside the mask, as in masked files of format 1.
     """
 
     z: Tensor
@@ -67,35 +71,12 @@ class Trajectory:
     replay: Recording | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     info: Mapping[str, str] = field(default_factory=dict)
+    blended: bool = False
 
     def __post_init__(self) -> None:
-        shape, count = tuple(self.source.shape), len(self.schedule)
-        if self.prediction not in PREDICTIONS:
-            raise TrajectoryError(f"prediction {self.prediction!r} is not one of {', '.join(PREDICTIONS)}")
-        if self.source.ndim not in (4, 5) or self.z.shape[1:] != self.source.shape or len(self.z) == 0:
-            raise TrajectoryError(f"z {tuple(self.z.shape)} does not fit source {shape}")
-        if self.sigmas.shape != self.z.shape[:1]:
-            raise TrajectoryError(f"sigmas {tuple(self.sigmas.shape)} do not fit z {tuple(self.z.shape)}")
-        if len(self.seeds) != len(self.source):
-            raise TrajectoryError(f"{len(self.seeds)} seeds do not fit {len(self.source)} images")
-        if self.schedule.ndim != 1 or not self.schedule.isfinite().all() or (self.schedule.diff() > 0).any():
-            raise TrajectoryError("the schedule does not descend")
-        if (self.sigmas.diff() < 0).any() or not torch.isin(self.sigmas, self.schedule).all():
-            raise TrajectoryError("the sigmas are not rising levels of the schedule")
-        if not 0 <= self.start < count or self.schedule[self.start] != self.sigmas[-1]:
-            raise TrajectoryError(f"start {self.start} does not name the noisiest level in the schedule of {count}")
-        if (self.mask is None) != (self.handoff is None):
-            raise TrajectoryError("mask and handoff come together")
-        if self.handoff is not None and tuple(self.handoff.shape) != shape:
-            raise TrajectoryError(f"handoff {tuple(self.handoff.shape)} does not fit source {shape}")
-        if self.mask is not None and not _broadcasts(tuple(self.mask.shape), shape):
-            raise TrajectoryError(f"mask {tuple(self.mask.shape)} does not fit source {shape}")
-        if self.replay is not None:
-            steps = len(self.replay.states)
-            if tuple(self.replay.residual.shape) != shape or not 1 <= steps <= count - 1 - self.start:
-                raise TrajectoryError(f"states {tuple(self.replay.states.shape)} do not fit source {shape} and start")
-            if not torch.equal(self.replay.sigmas.cpu().float(), self.schedule.cpu().float()[-steps - 1 :]):
-                raise TrajectoryError("the maps were made on another schedule")
+        found = misfits(self)
+        if found:
+            raise TrajectoryError("; ".join(found))
 
     @property
     def latent(self) -> Tensor:
@@ -104,13 +85,70 @@ class Trajectory:
 
     @property
     def remaining(self) -> Tensor:
-        """The schedule from the hand-off level to 0."""
+        """The schedule from the hand-off level to where sampling ends."""
         return self.schedule[self.start :]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the file."""
+        own = {name: getattr(self, name) for name in (*BARE_TENSORS, *MASK_TENSORS)}
+        replayed = {} if self.replay is None else {name: getattr(self.replay, name) for name in REPLAY_TENSORS}
+        return {name: tensor for name, tensor in (own | replayed).items() if tensor is not None}
 
-def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:
-    pairs = zip(reversed(shape), reversed(onto))
-    return len(shape) <= len(onto) and all(one in (1, other) for one, other in pairs)
+
+def of_walk(
+    schedule: Tensor,
+    indices: Sequence[int],
+    z: Tensor,
+    source: Tensor,
+    prediction: str,
+    *,
+    mask: Tensor | None,
+    handoff: Tensor | None = None,
+    **about: Any,
+) -> Trajectory:
+    """The trajectory of a walk through a schedule.
+
+    Arguments:
+        schedule: The whole descending schedule, with shape (n + 1).
+        indices: The kept levels' schedule indices, least noisy first.
+        z: Their latents or only an outline of them, with shape (L, B, C, [T,] H, W).
+        source: Clean latents with shape (B, C, [T,] H, W).
+        prediction: ``eps``, ``v`` or ``flow``.
+        mask: Weights that broadcast against the source, or None.
+        handoff: Where sampling began, if not at the noisiest level.
+        about: Its other attributes.
+    """
+    return Trajectory(
+        z=z,
+        sigmas=schedule[list(indices)],
+        schedule=schedule,
+        start=indices[-1],
+        source=source.cpu(),
+        prediction=prediction,
+        mask=None if mask is None else mask.cpu().float(),
+        handoff=None if handoff is None else handoff.cpu(),
+        **about,
+    )
+
+
+def cut(trajectory: Trajectory, start: int) -> Trajectory:
+    """The same walk, ended at a less noisy level.
+
+    Raises:
+        TrajectoryError: if that level is not in it, or its unmasked state was not kept.
+    """
+    inside = trajectory.start <= start < len(trajectory.schedule)
+    found = (trajectory.sigmas == trajectory.schedule[start if inside else trajectory.start]).nonzero()
+    if not inside or len(found) == 0:
+        raise TrajectoryError(f"step {start} is not one of the levels that were kept")
+    if trajectory.blended and start != trajectory.start:
+        raise TrajectoryError("of a masked file of format 1, only the noisiest level is kept unmasked")
+    count = int(found[-1]) + 1
+    fits = trajectory.replay is not None and len(trajectory.replay.states) <= len(trajectory.schedule) - 1 - start
+    replay = trajectory.replay if fits else None
+    handoff = trajectory.handoff if start == trajectory.start else None
+    z, sigmas = trajectory.z[:count], trajectory.sigmas[:count]
+    return replace(trajectory, z=z, sigmas=sigmas, start=start, handoff=handoff, replay=replay)
 
 
 class Kept:
@@ -141,6 +179,11 @@ class Kept:
         """A tensor of the levels' shape and type without their data."""
         return self._level.expand(self._count, *self._level.shape)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Every level, as it was taken, on the CPU."""
+        for data in self:
+            yield torch.frombuffer(bytearray(data), dtype=self._level.dtype).reshape(self._level.shape)
+
     def __iter__(self) -> Iterator[bytes]:
         """Every level's data."""
         self._file.seek(0)
@@ -148,13 +191,9 @@ class Kept:
         return (self._file.read(length) for _ in range(self._count))
 
 
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-"""The types of latents by their names in safetensors."""
-
-
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
@@ -162,16 +201,19 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
 
     Arguments:
         kept: The data of ``trajectory.z``, where that is only an outline.
+
+    Raises:
+        TrajectoryError: for blended levels, which are of format 1.
     """
-    names = TENSORS if trajectory.mask is None else TENSORS + MASK_TENSORS
-    tensors = {name: getattr(trajectory, name) for name in names}
-    if trajectory.replay is not None:
-        tensors |= {name: getattr(trajectory.replay, name) for name in REPLAY_TENSORS}
+    if trajectory.blended:
+        raise TrajectoryError("blended levels are of format 1, which is no longer written")
+    tensors = trajectory.tensors()
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "prediction": trajectory.prediction,
         "start": str(trajectory.start),
+        "end": repr(float(trajectory.schedule[-1])),
         "seeds": json.dumps(list(trajectory.seeds)),
         "settings": json.dumps(dict(trajectory.settings)),
         "info": json.dumps(dict(trajectory.info)),
@@ -199,30 +241,20 @@ def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
 
 
 def load(path: Path) -> Trajectory:
-    """Reads a trajectory file.
+    """Reads a trajectory file, and all that it holds.
 
     Raises:
         FileNotFoundError: if there is none.
-        TrajectoryError: if it is damaged, foreign, newer, or does not fit together.
+        TrajectoryError: if it is damaged, foreign, newer, does not fit together or holds what no run makes.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_version(metadata)
-            masked = set(MASK_TENSORS) & set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in (*TENSORS, *masked)}
-            maps = {name: file.get_tensor(name) for name in REPLAY_TENSORS} if "replay" in metadata else {}
-        return Trajectory(
-            **tensors,
-            replay=_recording(maps, metadata["replay"], tensors["schedule"]) if maps else None,
-            start=int(metadata["start"]),
-            prediction=metadata["prediction"],
-            seeds=tuple(json.loads(metadata["seeds"])),
-            settings=dict(json.loads(metadata["settings"])),
-            info=dict(json.loads(metadata["info"])),
-        )
+        read = _read(path)
+        found = bad_values(read)
+        if found:
+            raise TrajectoryError("; ".join(found))
+        return read
     except TrajectoryError as error:
         raise TrajectoryError(f"{path}: {error}") from None
     except (SafetensorError, KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
@@ -240,14 +272,45 @@ def check(path: Path) -> None:
         raise TrajectoryError(f"{path.name}: not a readable trajectory file ({error})") from None
 
 
+def _read(path: Path) -> Trajectory:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        _check_version(metadata)
+        masked = set(MASK_TENSORS) & set(file.keys())
+        tensors = {name: file.get_tensor(name) for name in (*BARE_TENSORS, *masked)}
+        maps = {name: file.get_tensor(name) for name in REPLAY_TENSORS} if "replay" in metadata else {}
+    schedule, end = tensors["schedule"], float(metadata.get("end", 0))  # before there was a key, all ended at 0
+    if schedule.ndim == 1 and len(schedule) and float(schedule[-1]) != end:
+        raise TrajectoryError(f"the schedule ends at {float(schedule[-1]):g}, and sampling ended at {end:g}")
+    return Trajectory(
+        **tensors,
+        replay=_recording(maps, metadata["replay"], schedule) if maps else None,
+        start=int(metadata["start"]),
+        prediction=metadata["prediction"],
+        seeds=tuple(json.loads(metadata["seeds"])),
+        settings=_words(metadata, "settings"),
+        info=_words(metadata, "info"),
+        blended=metadata["version"] == "1" and bool(masked),
+    )
+
+
+def _words(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    told = json.loads(metadata[name])
+    if not isinstance(told, dict):
+        raise TrajectoryError(f"{name}: not names and values")
+    return told
+
+
 def _recording(tensors: Mapping[str, Tensor], about: str, schedule: Tensor) -> Recording:
     told = json.loads(about)
+    if not all(type(step) is int for step in told["steps"]):
+        raise TrajectoryError(f"the replay's steps {told['steps']} are not whole numbers")
     return Recording(
         **tensors,
         sigmas=schedule[-len(tensors["states"]) - 1 :],
         sampler=str(told["sampler"]),
         options=dict(told["options"]),
-        steps=tuple(map(int, told["steps"])),
+        steps=tuple(told["steps"]),
     )
 
 
@@ -255,6 +318,8 @@ def _check_version(metadata: Mapping[str, str]) -> None:
     if metadata.get("format") != FORMAT:
         raise TrajectoryError("a safetensors file, but not a Batch Unsampler trajectory")
     version = int(metadata["version"])
+    if version < 1:
+        raise TrajectoryError(f"written in format {version}, which there has never been")
     if version > VERSION:
         raise TrajectoryError(
             f"written in format {version} by a newer Batch Unsampler; this one reads up to {VERSION}: update it"

@@ -47,17 +47,17 @@ class Animation:
         self._path, self._timing, self._text, self._background = path, timing, text, background
         self._format = FORMATS[path.suffix.lower()]
         _check_longest(path, timing, self._format)
-        self._size: tuple[int, int] | None = None
+        self._size = (0, 0)  # until the first frame comes
         self._ticks = Ticks(self._format.ticks_per_second)
         self._container: Container | None = None
-        self._pending: bytes | None = None
-        self._kept = timing.reverse or timing.ping_pong
+        self._pending = b""
         self._places: list[tuple[int, int]] = []
         self._count = 0
         self._writing, self._closed = Lock(), False
         with ExitStack() as files:
             self._part = files.enter_context(whole(path))
-            self._spool = files.enter_context(spool(path)) if self._kept else None
+            kept = timing.reverse or timing.ping_pong
+            self._spool = files.enter_context(spool(path)) if kept else None
             files.callback(self._close)
             self._files = files.pop_all()
 
@@ -90,15 +90,16 @@ class Animation:
         self._background.finish()
         with naming(self._path):
             for frame, seconds in shown if self._timing.reverse else shown[self._count - 1 :]:
-                self._show(self._read(frame) if self._kept else self._pending, seconds)
-            self._container.finish()
-            self._container.close()
+                self._show(self._read(frame), seconds)
+            container = self._opened()
+            container.finish()
+            container.close()
         self._files.close()
 
     def _check(self, frame: Image.Image) -> None:
         if self._count == len(self._timing.durations):
             raise ValueError(f"more frames than the {self._count} durations")
-        if self._size is not None and frame.size != self._size:
+        if self._count and frame.size != self._size:
             raise ValueError(f"frame {self._count} is {frame.size}, the first was {self._size}")
         if max(frame.size) > self._format.side:
             raise ValueError(f"frame size {frame.size} is above the format's {self._format.side}")
@@ -109,8 +110,8 @@ class Animation:
         with self._writing, naming(self._path):
             if self._closed:
                 return
-            start = self._spool.tell() if self._kept else 0
-            if self._kept:
+            start = 0 if self._spool is None else self._spool.tell()
+            if self._spool is not None:
                 self._spool.write(blob)
             if not self._timing.reverse and number >= 0:
                 self._show(self._pending, self._timing.seconds(number) + (0.0 if number else self._timing.hold_first))
@@ -118,12 +119,19 @@ class Animation:
         self._pending = blob
 
     def _show(self, blob: bytes, seconds: float) -> None:
+        self._opened().add(blob, self._ticks.next(seconds))
+
+    def _opened(self) -> Container:
         if self._container is None:
-            self._container = self._format(self._part, self._size, self._text, self._timing.plays)
+            timing = self._timing
+            self._container = self._format(self._part, self._size, self._text, timing.plays, timing.mean())
             self._container.begin()
-        self._container.add(blob, self._ticks.next(seconds))
+        return self._container
 
     def _read(self, frame: int) -> bytes:
+        """A frame as it was encoded; where none is kept, only the last is asked for."""
+        if self._spool is None:
+            return self._pending
         start, length = self._places[frame]
         self._spool.seek(start)
         return self._spool.read(length)

@@ -41,6 +41,7 @@ class Background:
         self._waiting: deque[_Piece] = deque()
         self._held = 0
         self._handing_on = False
+        self._failed = False
         self._error: BaseException | None = None
         self._changed = Condition()
 
@@ -49,12 +50,15 @@ class Background:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._error = None
+        self._waiting.clear()
 
     def submit(self, size: int, then: Callable[[Any], None], work: Callable[..., Any], *args: Any) -> None:
         """Runs ``work(*args)``, which holds ``size`` bytes, and later, in order, ``then(result)``.
 
         Raises:
             Exception: whatever an earlier piece of work raised; after that nothing is handed on.
+            RuntimeError: if that was raised before.
         """
         piece = _Piece(size, then)
         with self._changed:
@@ -69,18 +73,24 @@ class Background:
 
     def _wait(self, enough: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or enough())
-            if self._error is not None:
-                raise self._error
+            self._changed.wait_for(lambda: self._failed or enough())
+            if self._failed:
+                raise self._taken()
+
+    def _taken(self) -> BaseException:
+        """The error, no longer kept: its traceback holds whoever called, and whoever called holds this."""
+        error, self._error = self._error, None
+        return error or RuntimeError("earlier work has failed")
 
     def _run(self, piece: _Piece, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
         try:
-            if self._error is None:
+            if not self._failed:
                 piece.result = work(*args)
                 self._hand_on(piece)
         except BaseException as error:
             with self._changed:
-                self._error = self._error or error
+                if not self._failed:
+                    self._failed, self._error = True, error
                 self._changed.notify_all()
 
     def _hand_on(self, done: _Piece) -> None:
@@ -99,7 +109,7 @@ class Background:
 
     def _next(self) -> _Piece | None:
         with self._changed:
-            if self._error is None and self._waiting and self._waiting[0].ready:
+            if not self._failed and self._waiting and self._waiting[0].ready:
                 return self._waiting[0]
             self._handing_on = False
             return None

@@ -42,8 +42,16 @@ class Container(Protocol):
     ticks_per_second: int
     ticks: int
 
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        """Opens the file; ``text`` are the generation parameters, ``plays`` how often it plays (0: for ever)."""
+    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int, mean: float) -> None:
+        """Opens the file.
+
+        Arguments:
+            path: Where it is written.
+            size: Width and height of each frame.
+            text: The generation parameters.
+            plays: How often it plays; 0 is for ever.
+            mean: Seconds of a frame, on average.
+        """
 
     def begin(self) -> None:
         """Writes what comes before the frames."""
@@ -78,7 +86,7 @@ def quantize(frame: Image.Image) -> Image.Image:
 class _File:
     """What the three have in common: the open file, and what it is to hold."""
 
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
+    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int, mean: float) -> None:
         self._file, self._size, self._text, self._plays, self._count = path.open("wb"), size, text, plays, 0
 
     def close(self) -> None:

@@ -17,6 +17,9 @@ from .animation import Animation
 from .background import Background
 from .timing import TIMINGS, Timing
 
+NAMED_SIDE = 96
+"""Pixels from which on the three pictures of a panel are named unasked."""
+
 
 def timing(settings: Settings, sigmas: Sequence[float]) -> Timing:
     """How the frames of these levels are shown, as the settings say."""
@@ -66,19 +69,35 @@ class Reel:
     def __exit__(self, *_: object) -> None:
         self._files.close()
 
-    def add(self, picture: Image.Image, step: int | None, timestep: float | None) -> Image.Image:
-        """Takes the next frame, of schedule index ``step`` (None: the source); returns it as it is shown."""
+    def add(self, picture: Image.Image, step: int | None, timestep: float | None, part: str = "") -> Image.Image:
+        """Takes the next frame; returns it as it is shown.
+
+        Arguments:
+            step: Its schedule index; None for a picture without noise.
+            timestep: The model's timestep, if it is to be told.
+            part: What it is part of, for its caption: empty is the noising.
+        """
         sigma = self._sigmas[self._count]
         if self._sheet and evenly(self._count, len(self._sigmas), render.SHEET_FRAMES):
             self._small.append((render.thumbnail(picture), render.sigma_text(sigma)))
-        if self._settings.captions:
-            settings = self._settings
-            kind = settings.noise if settings.mode == "noise" else settings.mode
-            picture = render.captioned(picture, render.caption(step, sigma, timestep, kind))
+        picture = self._captioned(picture, step, sigma, timestep, part)
         if self._animation is not None:
             self._animation.add(picture)
         self._count += 1
         return picture
+
+    def _captioned(
+        self, picture: Image.Image, step: int | None, sigma: float, timestep: float | None, part: str
+    ) -> Image.Image:
+        """A frame with what is to be written on it: the pictures of a panel are named wherever there is room."""
+        settings = self._settings
+        kind = part or (settings.noise if settings.mode == "noise" else settings.mode)
+        said = render.caption(step, sigma, timestep, kind, part or "source")
+        if settings.panel and (settings.captions or min(picture.width // 3, picture.height) >= NAMED_SIDE):
+            seen = ["source"] if step is None else ["what the model sees in it"]
+            noisy = said if settings.captions else ["source" if step is None else "the noisy latent"]
+            return render.captioned_panel(picture, [["source"], noisy, seen])
+        return render.captioned(picture, said) if settings.captions else picture
 
     def finish(self) -> Image.Image | None:
         """Writes the animation; returns the contact sheet, if one is wanted."""

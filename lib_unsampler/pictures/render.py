@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, product
 from typing import TypeVar
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..core.noising import variance_preserving
+from .drawing import ACCENT, FAINT, INK, PAPER, Plot, font, write_text
 
 Level = TypeVar("Level")
 
@@ -21,7 +22,8 @@ SHEET_FRAMES = 400
 CAPTION_SHARE = 20
 """A caption's letters are a twentieth of the frame's shorter side, but never below CAPTION_LEAST pixels."""
 CAPTION_LEAST = 9
-PAPER, INK, FAINT, ACCENT = (255, 255, 255), (34, 34, 34), (205, 205, 205), (196, 62, 28)
+LEGIBLE = 6
+"""No caption's letters are lower, in pixels."""
 
 
 def to_pictures(decoded: Tensor) -> list[Image.Image]:
@@ -102,40 +104,24 @@ def sigma_text(sigma: float) -> str:
     return f"sigma {sigma:.3g}"
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's built-in font; before Pillow 10.1 it has one size only."""
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:
-        return ImageFont.load_default()
-
-
-def write_text(draw: ImageDraw.ImageDraw, at: tuple[float, float], text: str, size: int) -> None:
-    """Dark text in the built-in font with its top left corner at a point."""
-    draw.text(at, text, fill=INK, font=font(size))
-
-
-def caption(step: int | None, sigma: float, timestep: float | None, noise: str) -> list[str]:
-    """What a frame's caption says, piece by piece; the source has only its sigma."""
+def caption(step: int | None, sigma: float, timestep: float | None, noise: str, name: str = "source") -> list[str]:
+    """What a frame's caption says, piece by piece; a picture without noise has only its name and sigma."""
     if step is None:
-        return ["source", sigma_text(sigma)]
+        return [name, sigma_text(sigma)]
     known = [] if timestep is None else [f"t {timestep:.0f}"]
     return [f"step {step}", sigma_text(sigma), *known, noise]
 
 
 def captioned(frame: Image.Image, pieces: Sequence[str]) -> Image.Image:
-    """A copy of a frame with a caption along its lower edge, in lines that fit its width."""
+    """A copy of a frame with a caption along its lower edge, in lines that fit into it.
+
+    On a small frame the letters shrink, until they leave half of it free or are hardly legible; pieces for which
+    there is no room then are left out, the last first.
+    """
     page = frame.copy()
-    size = max(CAPTION_LEAST, round(min(frame.size) / CAPTION_SHARE))
-    gap = max(1, size // 4)
-    lines: list[Image.Image] = []
-    row: list[str] = []
-    for piece in [*pieces, None]:
-        mask = None if piece is None else _letters("  ".join([*row, piece]), size)
-        if row and (mask is None or mask.width > frame.width - 2 * gap):
-            lines.append(_letters("  ".join(row), size))
-            row = []
-        row += [] if piece is None else [piece]
+    lines, gap = _fitted(list(pieces), page.size)
+    if not lines:
+        return page
     top = page.height - sum(line.height + gap for line in lines) - gap
     box = (0, max(0, top), page.width, page.height)
     page.paste(page.crop(box).point(lambda v: v * 3 // 10), box)  # white is legible on any frame's three tenths
@@ -146,12 +132,46 @@ def captioned(frame: Image.Image, pieces: Sequence[str]) -> Image.Image:
     return page
 
 
+def captioned_panel(panel: Image.Image, parts: Sequence[Sequence[str]]) -> Image.Image:
+    """A copy of a panel (see :func:`beside`) with a caption on each of its pictures."""
+    width = panel.width // len(parts)
+    boxes = [(number * width, 0, (number + 1) * width, panel.height) for number in range(len(parts))]
+    return beside([captioned(panel.crop(box), pieces) for box, pieces in zip(boxes, parts)])
+
+
+def _fitted(pieces: list[str], frame: tuple[int, int]) -> tuple[list[Image.Image], int]:
+    """A caption's lines as masks that fit a frame's width and height, and the gap around them."""
+    most = max(CAPTION_LEAST, round(min(frame) / CAPTION_SHARE))
+    while pieces:
+        for room, size in product((frame[1] // 2, frame[1]), range(most, LEGIBLE - 1, -1)):
+            gap = max(1, size // 4)
+            lines = _lines(pieces, size, frame[0] - 2 * gap)
+            widest, height = max(line.width for line in lines), sum(line.height + gap for line in lines) + gap
+            if widest <= frame[0] - 2 * gap and height <= room:
+                return lines, gap
+        pieces = pieces[:-1]
+    return [], 0
+
+
+def _lines(pieces: Sequence[str], size: int, width: int) -> list[Image.Image]:
+    """Pieces in as few lines as they need, each as wide as is allowed or a piece alone."""
+    lines: list[Image.Image] = []
+    row = ""
+    for piece in pieces:
+        longer = f"{row}  {piece}" if row else piece
+        if row and _letters(longer, size).width > width:
+            lines.append(_letters(row, size))
+            longer = piece
+        row = longer
+    return [*lines, _letters(row, size)]
+
+
 def _letters(text: str, size: int) -> Image.Image:
     """A line of text as a mask, ``size`` pixels high, in the built-in font."""
     letters = font(size)
-    left, top, right, bottom = letters.getbbox(text)
+    left, _, right, _ = letters.getbbox(text)
     _, low, _, deep = letters.getbbox("Ag0")
-    mask = Image.new("L", (max(1, right - left), max(1, deep - low)))
+    mask = Image.new("L", (max(1, int(right - left)), max(1, int(deep - low))))
     ImageDraw.Draw(mask).text((-left, -low), text, fill=255, font=letters)
     if hasattr(letters, "path"):
         return mask
@@ -214,31 +234,29 @@ def sigma_curve(schedule: Tensor, kept: Sequence[int], size: tuple[int, int] = (
         up = (math.log10(sigmas[index]) - low) / (high - low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    page = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(page)
-    write_text(draw, (left, 14), f"sigma of each step; {len(kept)} levels kept", 16)
-    _grid(draw, low, high, (left, top, right, bottom))
+    plot = Plot(size)
+    plot.text((left, 14), f"sigma of each step; {len(kept)} level{'' if len(kept) == 1 else 's'} kept", 16)
+    _grid(plot, low, high, (left, top, right, bottom))
     step = max(1, -(-len(sigmas) // 10))
     for index in range(0, len(sigmas), step):
-        write_text(draw, (place(index)[0] - 4, bottom + 8), str(index), 13)
-    write_text(draw, (right - 30, bottom + 26), "step", 13)
-    draw.line([place(i) for i in range(len(sigmas))], fill=INK, width=2)
+        plot.text((place(index)[0], bottom + 8), str(index), 13, 0.5)
+    plot.text((right, bottom + 26), "step", 13, 1)
+    plot.line([place(i) for i in range(len(sigmas))], INK, 3)
     for index in kept:
         if index < len(sigmas):
-            x, y = place(index)
-            draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=ACCENT)
-    return page
+            plot.mark(place(index), ACCENT)
+    return plot.page()
 
 
-def _grid(draw: ImageDraw.ImageDraw, low: float, high: float, box: tuple[int, int, int, int]) -> None:
+def _grid(plot: Plot, low: float, high: float, box: tuple[int, int, int, int]) -> None:
     """Horizontal lines at 1, 2 and 5 times the powers of ten within the range."""
     left, top, right, bottom = box
-    draw.rectangle(box, outline=FAINT)
+    plot.frame(box)
     for power in range(math.floor(low), math.ceil(high) + 1):
         for digit in (1, 2, 5):
             value = digit * 10.0**power
             up = (math.log10(value) - low) / (high - low)
             if 0 <= up <= 1:
                 y = bottom - up * (bottom - top)
-                draw.line((left, y, right, y), fill=FAINT)
-                write_text(draw, (8, y - 8), f"{value:g}", 13)
+                plot.line([(left, y), (right, y)], FAINT, 1)
+                plot.text((left - 8, y - 8), f"{value:g}", 13, 1)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from ..core.inversion import Level
-from .render import ACCENT, FAINT, INK, PAPER, write_text
+from .drawing import ACCENT, FAINT, INK, Plot
 
 SIZE = (720, 405)
 
@@ -63,8 +63,13 @@ def latent_decibels(made: Tensor, source: Tensor) -> float | None:
 
 
 def pixel_decibels(made: Image.Image, source: Image.Image) -> float | None:
-    r""":math:`20 \log_{10}(255 / \mathrm{RMSE})` of two pictures of one size; None without any error."""
-    one, other = (np.asarray(picture.convert("RGB"), dtype=np.float64) for picture in (made, source))
+    r""":math:`20 \log_{10}(255 / \mathrm{RMSE})` of two pictures; None without any error.
+
+    A codec gives back whole blocks: where it drops or adds some rows or columns, the shared part is compared.
+    """
+    shared = (0, 0, min(made.width, source.width), min(made.height, source.height))
+    pictures = (picture.convert("RGB").crop(shared) for picture in (made, source))
+    one, other = (np.asarray(picture, dtype=np.float64) for picture in pictures)
     error = math.sqrt(float(np.mean((one - other) ** 2)))
     return None if error == 0 else 20 * math.log10(255 / error)
 
@@ -100,16 +105,15 @@ def measured(
 
 def page(trip: RoundTrip) -> Image.Image:
     """The figures above a plot of each step's residual, logarithmic, with the tolerance."""
-    sheet = Image.new("RGB", SIZE, PAPER)
-    draw = ImageDraw.Draw(sheet)
+    sheet = Plot(SIZE)
     for number, line in enumerate(["Round trip", *trip.lines()]):
-        write_text(draw, (24, 14 + 22 * number), line, 16)
+        sheet.text((24, 14 + 22 * number), line, 16)
     if trip.residuals:
-        _plot(draw, trip, (64, 14 + 22 * 6, SIZE[0] - 24, SIZE[1] - 48))
-    return sheet
+        _plot(sheet, trip, (64, 14 + 22 * 6, SIZE[0] - 24, SIZE[1] - 48))
+    return sheet.page()
 
 
-def _plot(draw: ImageDraw.ImageDraw, trip: RoundTrip, box: tuple[int, int, int, int]) -> None:
+def _plot(plot: Plot, trip: RoundTrip, box: tuple[int, int, int, int]) -> None:
     left, top, right, bottom = box
     values = torch.tensor([*trip.residuals, trip.tolerance]).clamp(1e-16).log10()
     low, high = math.floor(float(values.min())), math.ceil(float(values.max()) + 1e-9)
@@ -118,17 +122,17 @@ def _plot(draw: ImageDraw.ImageDraw, trip: RoundTrip, box: tuple[int, int, int, 
     def height(value: float) -> float:
         return bottom - (math.log10(max(value, 1e-16)) - low) / (high - low) * (bottom - top)
 
-    draw.rectangle(box, outline=FAINT)
+    plot.frame(box)
     for power in range(low, high + 1, max(1, (high - low) // 6)):
-        draw.line((left, height(10.0**power), right, height(10.0**power)), fill=FAINT)
-        write_text(draw, (8, height(10.0**power) - 8), f"1e{power}", 13)
-    draw.line((left, height(trip.tolerance), right, height(trip.tolerance)), fill=ACCENT, width=2)
-    write_text(draw, (right - 76, height(trip.tolerance) - 18), "tolerance", 13)
+        plot.line([(left, height(10.0**power)), (right, height(10.0**power))], FAINT, 1)
+        plot.text((left - 8, height(10.0**power) - 8), f"1e{power}", 13, 1)
+    plot.line([(left, height(trip.tolerance)), (right, height(trip.tolerance))], ACCENT, 2)
+    plot.text((right - 8, height(trip.tolerance) - 18), "tolerance", 13, 1)
     across = [left + (i + 0.5) / len(trip.steps) * (right - left) for i in range(len(trip.steps))]
     points = [(x, height(residual)) for x, residual in zip(across, trip.residuals)]
-    draw.line(points, fill=INK, width=2)
+    plot.line(points, INK, 2)
     for number, (x, y) in enumerate(points):
-        draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=INK)
+        plot.mark((x, y), INK)
         if number % max(1, -(-len(points) // 12)) == 0:
-            write_text(draw, (x - 4, bottom + 8), str(trip.steps[number]), 13)
-    write_text(draw, (right - 130, bottom + 26), "step (least noisy first)", 13)
+            plot.text((x, bottom + 8), str(trip.steps[number]), 13, 0.5)
+    plot.text((right, bottom + 26), "step (least noisy first)", 13, 1)

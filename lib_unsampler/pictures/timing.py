@@ -50,6 +50,10 @@ class Timing:
         """A frame's own seconds, without holds."""
         return max(SHORTEST, self.durations[frame])
 
+    def mean(self) -> float:
+        """A frame's own seconds, without holds, on average."""
+        return sum(map(self.seconds, range(len(self.durations)))) / len(self.durations)
+
     def longest(self) -> float:
         """No frame is shown for longer."""
         return max(self.durations, default=0.0) + self.hold_first + self.hold_last
@@ -61,18 +65,18 @@ def even(sigmas: Sequence[float], duration: float) -> list[float]:
 
 
 def log_sigma(sigmas: Sequence[float], duration: float) -> list[float]:
-    r"""Times in proportion to each level's share of the rise in log sigma; ``duration`` on average.
+    r"""Times in proportion to each level's share of the way in log sigma; ``duration`` on average.
 
     A level's share is the mean of the steps to its neighbours,
-    :math:`(\log s_{i+1} - \log s_{i-1}) / 2`; at the ends the one step there is. A level at
+    :math:`(|\log s_{i+1} - \log s_i| + |\log s_i - \log s_{i-1}|) / 2`; at the ends the one step there is. A level at
     sigma 0 has no logarithm and gets ``duration``.
 
     Arguments:
-        sigmas: The frames' noise levels, rising.
+        sigmas: The frames' noise levels: rising, falling, or there and back.
         duration: Mean seconds of a frame.
     """
     noisy = [math.log(s) for s in sigmas if s > 0]
-    steps = [after - before for before, after in pairwise(noisy)]
+    steps = [abs(after - before) for before, after in pairwise(noisy)]
     if sum(steps) <= 0:
         return even(sigmas, duration)
     shares = [(before + after) / 2 for before, after in zip(steps[:1] + steps, steps + steps[-1:])]

@@ -2,6 +2,8 @@
 
 PyAV is never installed by this extension. There are no B-frames: they are stored in another order
 than shown, and MP4's times of the last ones then come out wrong.
+
+The colours are BT.709's, and the file says so: a player that is told nothing guesses by the picture's size.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from .background import cores
 
 OPTIONS = {"crf": "18", "bf": "0", "rc-lookahead": "10"}
 """Of libx264: good quality, no B-frames, few frames held (40 by default)."""
+
+BT709, LIMITED = 1, 1
+"""ITU-T H.273's number for the primaries, the transfer and the matrix, and libav's for black at 16 and white at 235."""
 
 HOW_TO_GET = "MP4 needs PyAV, which is not installed here; in the WebUI's environment: pip install av"
 
@@ -42,19 +47,23 @@ class Mp4:
 
     side, ticks_per_second, ticks = 16384, 1000, 2**31 - 1
 
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int) -> None:
-        self._av, self._size, self._text = load(), size, text
+    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int, mean: float) -> None:
+        self._av, self._size, self._text, self._mean = load(), size, text, mean
         self._start, self._ticks = 0, dict[int, int]()
         self._file = self._av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
 
     def begin(self) -> None:
         if self._text:
             self._file.metadata["comment"] = self._text
-        self._stream = self._file.add_stream("libx264", rate=self.ticks_per_second, options=OPTIONS)
+        rate = Fraction(1 / self._mean).limit_denominator(1000)  # x264 takes the level from it, not from the times
+        self._stream = self._file.add_stream("libx264", rate=rate, options=OPTIONS)
         self._stream.width, self._stream.height = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"
-        self._stream.codec_context.thread_count = cores()
-        self._stream.codec_context.time_base = Fraction(1, self.ticks_per_second)
+        context = self._stream.codec_context
+        context.thread_count = cores()
+        context.time_base = Fraction(1, self.ticks_per_second)
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = LIMITED
 
     @staticmethod
     def encode(frame: Image.Image) -> bytes:
@@ -66,7 +75,9 @@ class Mp4:
         width, height = self._size
         pixels = np.frombuffer(blob, np.uint8).reshape(height, width, 3)
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
-        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED, interpolation="AREA"
+        )  # of the ways to halve the colours' resolution the one that keeps a patch's inside as it is
         frame.pts, frame.time_base = self._start, Fraction(1, self.ticks_per_second)
         self._ticks[self._start] = ticks
         self._start += ticks

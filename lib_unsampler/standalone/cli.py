@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import __version__
-from ..settings import SettingsError, allowed, parse, surface_fields, whole_help
+from .. import __version__, files
+from ..settings import Settings, SettingsError, allowed, help_on, parse, remarks, surface_fields
+from ..settings.effects import clamped
+from . import folders
+from .folders import TARGETS, Paths, Place, flag
+from .stopping import Stopped, Stops, say_stopped, streams
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-TARGETS = {
-    "animation": (".gif", ".webp", ".apng", ".png", ".mp4"),
-    "frames": (),
-    "sheet": (".png",),
-    "curve": (".png",),
-    "latents": (".safetensors",),
-    "resample": (".png",),
-    "report": (".png",),
-}
-"""Where results go: each target's file endings; none is a folder."""
-
+SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format"}
+SHOWN_AS_SAVED |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
 RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
-RESUMABLE |= {"view", "include_clean", "captions"}
-RESUMABLE |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
+RESUMABLE |= SHOWN_AS_SAVED
 """Fields that may differ from the trajectory that is resumed; the others are what it is."""
 
+OUTPUTS = {"sheet": "contact sheet", "curve": "sigma curve"}
+"""The settings' names of targets that have another."""
+
+GROUPS = {
+    "the noise levels": (
+        *("steps", "end_at_step", "step_increment", "scheduler", "noise", "normalize", "seed"),
+        *("mode", "model"),
+    ),
+    "what a frame shows": ("include_clean", "view", "captions", "panel"),
+    "the animation": (*("format", "duration", "timing", "hold_first", "hold_last", "reverse", "ping_pong", "loop"),),
+    "the model, where it drives (modes invert and replay)": (
+        *("sampler", "cfg", "positive", "negative", "skip", "solver", "tolerance", "max_calls"),
+    ),
+    "sampling back to a picture (--resample)": ("resample_cfg", "resample_positive", "resample_negative"),
+}
+"""Every setting under a heading of the help."""
+
 EPILOG = """\
-With several pictures or a folder, -o and the other outputs name folders, which then hold one
-file per picture. Colours outside the mask stay; white in the mask is unsampled.
+A name that ends in / or is a folder already is a folder, which then holds one file per picture, named as the
+picture is; so is a name without an ending where several pictures or a folder are given. Links are followed: the
+file that one leads to is replaced, the link stays. In the folder of --frames only frames that this program wrote
+are replaced or taken away. In a mask, white is unsampled; black and transparent stay as they are.
+
+exit status:
+  0  everything was made
+  1  some pictures could not be read: they are named, the others were made
+  2  nothing more could be made: one line says why
+  130, 143, 129  stopped by Ctrl-C, SIGTERM, SIGHUP; no half-written file is left
 
 examples:
   python -m lib_unsampler cat.jpg -o cat.gif
+  python -m lib_unsampler cat.jpg --mode replay --sampler euler_ancestral --latents cat.safetensors --resample same.png
+  python -m lib_unsampler --resume cat.safetensors --resample sunset.png --resample-positive sunset
+  python -m lib_unsampler photos/ -o gifs/ --format webp
   python -m lib_unsampler cat.jpg -o cat.gif --steps 30 --noise path --end-at-step 10
-  python -m lib_unsampler cat.jpg --latents cat.safetensors --resample back.png
-  python -m lib_unsampler --resume cat.safetensors --resample sea.png --positive sea --cfg 3
   python -m lib_unsampler cat.jpg -o panel.gif --mode invert --panel --report report.png
-  python -m lib_unsampler cat.jpg --mode replay --sampler euler_ancestral --resample sea.png --resample-positive sea
 """
 
 
@@ -46,25 +67,47 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that answers an error with one line and exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        """As argparse's, in one line."""
         fail(message)
 
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit status 2."""
-    line = " ".join(str(message).split())
-    print(f"unsampler: error: {line}", file=sys.stderr)
+    print(f"unsampler: error: {_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def note(message: str) -> None:
     """One line on standard error, where the results' names are not."""
-    print(f"unsampler: {message}", file=sys.stderr)
+    print(f"unsampler: {_line(message)}", file=sys.stderr)
+
+
+def _note_of(path: Path, message: str) -> None:
+    note(f"{path}: {message}")
+
+
+FIELDS = {f.name: "--" + f.name.replace("_", "-") for f in fields(Settings)}
+"""The option of every setting."""
+
+
+def _line(message: str) -> str:
+    """A message in one line, settings named by their options: at a sentence's head, and wherever no word is meant."""
+    words = "|".join(name for name in FIELDS if "_" in name)
+    message = re.sub(
+        rf"(?<![\w/\\.-])({words})(?![\w/\\]|\.\w)", lambda m: FIELDS[m[1]], " ".join(str(message).split())
+    )
+    return re.sub(r"(^|; )(\w+)(?=: )", lambda m: m[1] + FIELDS.get(m[2], m[2]), message)
+
+
+# What is asked
 
 
 def make_parser() -> Parser:
-    """The parser; every setting's option, bounds and help come from settings.py."""
+    """The parser; every setting's option, bounds and help come from settings."""
     parser = Parser(
         prog="python -m lib_unsampler",
+        usage="python -m lib_unsampler PICTURE... -o OUT.gif [options]\n"
+        "       python -m lib_unsampler --resume FILE.safetensors --resample OUT.png [options]",
         description="Batch Unsampler: walk a noise schedule backwards from a picture and show every level.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,36 +115,38 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"Batch Unsampler {__version__}")
-    parser.add_argument("pictures", nargs="*", metavar="PICTURE", type=_path, help="picture files, or folders of them")
-    files = parser.add_argument_group("what comes out (at least one)")
-    files.add_argument(
-        "-o",
-        dest="animation",
-        metavar="OUT",
-        type=_path,
-        help=f"the moving noise progression, in the format of its ending: {', '.join(TARGETS['animation'])} "
-        "(.png as .apng; .mp4 needs PyAV: pip install av)",
-    )
-    files.add_argument("--frames", metavar="DIR", type=_path, help="every frame as a PNG")
-    files.add_argument("--sheet", metavar="OUT.png", type=_path, help="all frames on one page, each with its sigma")
-    files.add_argument("--curve", metavar="OUT.png", type=_path, help="the sigma curve, kept levels marked")
-    files.add_argument("--latents", metavar="FILE.safetensors", type=_path, help="the trajectory, to resume from")
-    files.add_argument(
-        "--resample", metavar="OUT.png", type=_path, help="the noisiest latent, sampled back to a picture"
-    )
-    files.add_argument(
-        "--report", metavar="OUT.png", type=_path, help="mode invert: how near sampling back comes, and a residual plot"
-    )
     source = parser.add_argument_group("what goes in")
+    source.add_argument("pictures", nargs="*", metavar="PICTURE", type=_path, help="picture files, or folders of them")
     source.add_argument("--resume", metavar="FILE", type=_path, help="go on from a saved trajectory, not a picture")
-    source.add_argument("--mask", metavar="MASK", type=_path, help="a picture; white is unsampled, black stays clean")
+    source.add_argument(
+        "--mask", metavar="MASK", type=_path, help="a picture; white is unsampled, black and transparent stay clean"
+    )
     source.add_argument(
         "--size", metavar="PIXELS", type=int, help="shrink pictures to this long side, 8 to 8192 (default: 512)"
     )
-    settings = parser.add_argument_group("settings")
-    for f in surface_fields("cli"):
-        _add_setting(settings, f)
+    _add_targets(parser.add_argument_group("what comes out (at least one)"))
+    known = {f.name: f for f in surface_fields("cli")}
+    for title, names in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_setting(group, known.pop(name))
+    assert not known, f"no group of the help has {', '.join(known)}"
     return parser
+
+
+def _add_targets(group: Any) -> None:
+    moving = f"the moving noise progression, in the format of its ending: {', '.join(TARGETS['animation'])}"
+    moving += " (.png as .apng; .mp4 needs PyAV: pip install av)"
+    group.add_argument("-o", dest="animation", metavar="OUT", type=_place, help=moving)
+    for name, metavar, text in (
+        ("frames", "DIR", "every frame as a PNG"),
+        ("sheet", "OUT.png", "all frames on one page, each with its sigma"),
+        ("curve", "OUT.png", "the sigma curve, kept levels marked"),
+        ("latents", "OUT.safetensors", "the trajectory, to resume from"),
+        ("resample", "OUT.png", "the noisiest latent, sampled back to a picture"),
+        ("report", "OUT.png", "mode invert: how near sampling back comes, and a residual plot"),
+    ):
+        group.add_argument(f"--{name}", metavar=metavar, type=_place, help=text)
 
 
 def _path(text: str) -> Path:
@@ -111,121 +156,230 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _place(text: str) -> Place:
+    _path(text)
+    return Place.named(text)
+
+
 def _add_setting(group: Any, f: Any) -> None:
-    flag = "--" + f.name.replace("_", "-")
     shown = str(f.default).lower() if isinstance(f.default, bool) else f.default
-    text = f"{whole_help(f)} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
+    text = f"{help_on(f, 'cli')} Allowed: {allowed(f)}. (default: {shown if shown != '' else 'empty'})"
     text = text.replace("%", "%%")
     if isinstance(f.default, bool):
-        group.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(FIELDS[f.name], dest=f.name, action=argparse.BooleanOptionalAction, help=text)
     else:
-        group.add_argument(flag, dest=f.name, metavar=f.name.upper(), help=text)
+        group.add_argument(FIELDS[f.name], dest=f.name, metavar=f.name.upper(), help=text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    given = vars(make_parser().parse_args(argv))
-    try:
-        job = check(given)
-        run(*job)
-    except KeyboardInterrupt:
-        print("unsampler: interrupted; no half-written file was left", file=sys.stderr)
-        return 130
-    except (SettingsError, ValueError, OSError, MemoryError) as error:
-        fail(str(error) or type(error).__name__)
-    return 0
+@dataclass(frozen=True)
+class Job:
+    """Checked arguments.
+
+    Attributes:
+        pictures: What was named.
+        resume: The trajectory to go on from.
+        mask: The mask's file.
+        size: The long side.
+        values: The settings that were given.
+        places: The outputs by target.
+    """
+
+    pictures: list[Path]
+    resume: Path | None
+    mask: Path | None
+    size: int
+    values: dict[str, Any]
+    places: dict[str, Place]
+
+    @property
+    def many(self) -> bool:
+        """Whether several pictures or a folder were named."""
+        return len(self.pictures) > 1 or any(path.is_dir() for path in self.pictures)
+
+    def without_effect(self, settings: Settings, given: set[str], walked: bool) -> list[str]:
+        """What was given and changes nothing."""
+        outputs = [OUTPUTS.get(target, target) for target in self.places]
+        called = {OUTPUTS.get(target, target): flag(target) for target in TARGETS}
+        return remarks(settings, given, outputs, walked=walked, called=called)
 
 
-def check(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Path]]:
-    """Splits the arguments into (inputs, settings, targets) and refuses what can be seen to be wrong.
+def check(given: dict[str, Any]) -> Job:
+    """The arguments, or a refusal of what can be seen to be wrong.
 
     Raises:
         SettingsError: with everything that is wrong, at once.
     """
     names = {f.name for f in surface_fields("cli")}
-    settings = {k: v for k, v in given.items() if k in names}
-    targets = {k: v for k, v in given.items() if k in TARGETS}
-    inputs = {k: given.get(k) for k in ("pictures", "resume", "mask", "size")}
+    values = {k: v for k, v in given.items() if k in names}
+    places = {k: v for k, v in given.items() if k in TARGETS}
+    resume, size = given.get("resume"), given.get("size")
     errors: list[str] = []
     try:
-        later = {"skip"} if inputs["resume"] else set()  # allowed or not by the file's mode: checked when it is read
-        parse({k: v for k, v in settings.items() if k not in later}, "cli")
+        later = {"skip"} if resume else set()  # allowed or not by the file's mode: checked when it is read
+        parse({k: v for k, v in values.items() if k not in later}, "cli")
     except SettingsError as error:
         errors += error.errors
-    if not targets:
-        ways = "-o, --frames, --sheet, --curve, --latents, --resample, --report"
-        errors.append(f"nothing to make: name at least one of {ways}")
-    if "report" in targets and settings.get("mode") != "invert" and not inputs["resume"]:
-        errors.append("report: needs mode invert")
-    if inputs["resume"]:
-        errors += _check_resume(inputs, settings, targets)
-    elif not inputs["pictures"]:
+    if not places:
+        errors.append(f"nothing to make: name at least one of {', '.join(flag(target) for target in TARGETS)}")
+    if "report" in places and values.get("mode") != "invert" and not resume:
+        errors.append("--report: needs mode invert")
+    if resume:
+        errors += _check_resume(given, values)
+    elif not given.get("pictures"):
         errors.append("PICTURE: none given (a file, several, or a folder; or --resume FILE)")
-    if inputs["size"] is not None and not 8 <= inputs["size"] <= 8192:
-        errors.append(f"size: {inputs['size']} is not a whole number from 8 to 8192")
+    if size is not None and not 8 <= size <= 8192:
+        errors.append(f"--size: {size} is not a whole number from 8 to 8192")
     if errors:
         raise SettingsError(errors)
-    return inputs, settings, targets
+    return Job(list(given.get("pictures", [])), resume, given.get("mask"), size or 512, values, places)
 
 
-def _check_resume(inputs: dict[str, Any], settings: dict[str, Any], targets: dict[str, Path]) -> list[str]:
+def _check_resume(given: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    free = ", ".join(sorted(FIELDS[name] for name in RESUMABLE))
     errors = [
-        f"{name}: is what the resumed trajectory has; it can not change (allowed: {', '.join(sorted(RESUMABLE))})"
-        for name in settings
+        f"{name}: is what the resumed trajectory has; it can not change (allowed: {free})"
+        for name in values
         if name not in RESUMABLE
     ]
-    errors += [f"{name}: does not go with --resume" for name in ("pictures", "mask", "size") if inputs[name]]
-    if "latents" in targets:
-        errors.append("latents: the resumed trajectory is that file already")
-    if "report" in targets:
-        errors.append("report: belongs to the inversion itself; it can not be made from a trajectory")
+    flags = {"pictures": "PICTURE", "mask": "--mask", "size": "--size"}
+    errors += [f"{shown}: does not go with --resume" for name, shown in flags.items() if given.get(name)]
+    if "latents" in given:
+        errors.append("--latents: the resumed trajectory is that file already")
+    if "report" in given:
+        errors.append("--report: belongs to the inversion itself; it can not be made from a trajectory")
     return errors
 
 
-def run(inputs: dict[str, Any], values: dict[str, Any], targets: dict[str, Path]) -> None:
-    """Does the work of checked arguments."""
-    if inputs["resume"]:
-        _check_targets(targets, many=False)
-        _check_written([targets], [inputs["resume"]])
-        _resume(inputs["resume"], values, targets)
-        return
-    pictures = _find_pictures(inputs["pictures"])
-    many = len(inputs["pictures"]) > 1 or inputs["pictures"][0].is_dir()
-    _check_targets(targets, many)
-    names = _unique_names(pictures)
-    written = [{k: _own_path(k, v, name) for k, v in targets.items()} if many else targets for name in names]
-    _check_written(written, pictures + ([inputs["mask"]] if inputs["mask"] else []))
-    from . import running
+# What is done
 
-    settings = parse(values, "cli")
-    if "resample" in targets or settings.mode == "replay":
-        running.check_resampling(settings)
-    if settings.mode == "invert" and (message := running.check_inversion(settings)):
-        note(message)
-    running.plan_levels(settings)
-    each = [parse({**values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
-    for picture, own, paths in zip(pictures, each, written):
-        source = running.load_picture(picture, inputs["size"] or 512)
-        mask = running.load_mask(inputs["mask"], *source.shape[-2:]) if inputs["mask"] else None
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    with streams(), Stops() as stops:
+        try:
+            job = check(vars(make_parser().parse_args(argv)))
+            return run(job, stops)
+        except Stopped as stopped:
+            say_stopped(stopped.number)
+            return stopped.status
+        except KeyboardInterrupt:
+            say_stopped(2)
+            return 130
+        except (SettingsError, ValueError, OSError, MemoryError, ImportError, RuntimeError) as error:
+            message = explained(error)
+            if message is None:
+                raise
+            fail(message)
+
+
+def explained(error: Exception) -> str | None:
+    """What is said of an error that a user can do something about; None of any other."""
+    if isinstance(error, ImportError):
+        return (
+            f"this Python lacks what the command line needs ({error}). Make its environment once with "
+            "`python install.py demo`, then run .venv/bin/python (Windows: .venv\\Scripts\\python) in place of python"
+        )
+    if isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, NotImplementedError):
+        from ..pictures.render import out_of_memory
+
+        if not out_of_memory(error):
+            return None
+        return f"out of memory: take fewer steps, a larger step_increment or a smaller --size ({error or 'no more'})"
+    return str(error) or type(error).__name__
+
+
+def run(job: Job, stops: Stops) -> int:
+    """Does the work of checked arguments; returns the exit status."""
+    files.sweep.cache_clear()
+    if job.resume is not None:
+        (paths,) = folders.outputs(job.places, [job.resume], False, job.values.get("format"), [job.resume])
+        _load()
+        return _resume(job, job.resume, paths, stops)
+    pictures, said = folders.find_pictures(job.pictures)
+    sources = pictures + ([job.mask] if job.mask else [])
+    made = folders.outputs(job.places, pictures, job.many, job.values.get("format"), sources)
+    for line in said:
+        note(line)
+    _load()
+    return _make(job, pictures, made, stops)
+
+
+def _load() -> None:
+    """Imports PyTorch, which takes seconds."""
+    if "torch" not in sys.modules:
+        note("loading PyTorch")
+    from . import reading, running  # noqa: F401
+
+
+def _make(job: Job, pictures: Sequence[Path], made: Sequence[Paths], stops: Stops) -> int:
+    from . import reading, running
+
+    settings = parse(job.values, "cli")
+    plan = running.plan_levels(settings)
+    said = running.check(settings, "resample" in job.places)
+    each = [parse({**job.values, "seed": settings.seed + number}, "cli") for number in range(len(pictures))]
+    for paths in made:
+        running.check_frames(paths.get("frames"), settings, plan.sigmas)
+    given = {name for name in job.values if getattr(settings, name) != Settings.__dataclass_fields__[name].default}
+    for line in [*said, *clamped(settings, len(plan.schedule) - 1), *job.without_effect(settings, given, True)]:
+        note(line)
+    stops.writing = True
+    unread = 0
+    for number, (picture, own, paths) in enumerate(zip(pictures, each, made), 1):
+        about = f"{picture}: " if job.many else ""
+        if job.many:
+            note(f"picture {number} of {len(pictures)}: {picture}")
+        try:
+            source = reading.load_picture(picture, job.size, partial(_note_of, picture))
+        except reading.UnreadableError as error:
+            if not job.many:
+                raise
+            note(f"{error}; passed over")
+            unread += 1
+            continue
+        mask = None
+        if job.mask:
+            height, width = source.shape[-2:]
+            mask = reading.load_mask(job.mask, height, width, partial(_note_of, job.mask))
         for line in running.unsample_picture(source, own, running.Targets(**paths), mask):
-            note(f"{picture}: {line}")
+            note(about + line)
         _report(paths)
+    if job.many:
+        note(
+            f"{len(pictures) - unread} of {len(pictures)} pictures made" + (f", {unread} passed over" if unread else "")
+        )
+    return 1 if unread else 0
 
 
-def _resume(path: Path, values: dict[str, Any], targets: dict[str, Path]) -> None:
+def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
     from ..core import trajectory
     from . import running
 
     saved = trajectory.load(path)
     if saved.source.ndim != 4 or tuple(saved.source.shape[:2]) != (1, 3):
         raise ValueError(f"{path}: latents {tuple(saved.source.shape)} are not one picture's (1, 3, height, width)")
-    if saved.info.get("model") not in running.PREDICTION:
-        raise ValueError(f"{path}: made by model {saved.info.get('model')!r}, which is not an embedded one")
-    settings = parse({**_cli_settings(saved.settings), **values}, "cli")
-    if "resample" in targets:
-        running.check_resampling(settings)
-    running.resume(saved, settings, running.Targets(**targets))
-    _report(targets)
+    model = saved.info.get("model")
+    if model not in running.PREDICTION:
+        raise ValueError(f"{path}: made by model {model!r}, which is not an embedded one")
+    if running.PREDICTION[model] != saved.prediction:
+        raise ValueError(
+            f"{path}: of type {saved.prediction}, where its model {model!r} is {running.PREDICTION[model]}"
+        )
+    before = parse(_cli_settings(saved.settings), "cli")
+    settings = parse({**_cli_settings(saved.settings), **job.values}, "cli")
+    if settings.model != model:
+        raise ValueError(f"{path}: made by model {model!r}, where its settings say {settings.model!r}")
+    said = running.check_resume(saved, settings, "sampler" in job.values, "resample" in paths)
+    running.check_frames(paths.get("frames"), settings, saved.sigmas)
+    if "resample" in paths and saved.replay is not None:
+        said += clamped(replace(settings, end_at_step=saved.start), len(saved.schedule) - 1)
+    given = {name for name in job.values if getattr(settings, name) != getattr(before, name)}
+    for line in [*said, *job.without_effect(settings, given, False)]:
+        note(line)
+    stops.writing = True
+    running.resume(saved, settings, running.Targets(**paths), "sampler" in job.values)
+    _report(paths)
+    return 0
 
 
 def _cli_settings(stored: Any) -> dict[str, Any]:
@@ -233,78 +387,7 @@ def _cli_settings(stored: Any) -> dict[str, Any]:
     return {k: v for k, v in dict(stored).items() if k in names}
 
 
-def _find_pictures(given: Sequence[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in given:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_ENDINGS)
-            if not inside:
-                raise ValueError(f"{path}: a folder without pictures ({', '.join(PICTURE_ENDINGS)})")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"{path}: no such picture")
-    return found
-
-
-def _unique_names(pictures: Sequence[Path]) -> list[str]:
-    """A name per picture for its outputs: the file's own, numbered where two would be the same."""
-    names: list[str] = []
-    for path in pictures:
-        name, number = path.stem, 2
-        while name in names:
-            name, number = f"{path.stem}-{number}", number + 1
-        names.append(name)
-    return names
-
-
-def _own_path(target: str, folder: Path, name: str) -> Path:
-    endings = TARGETS[target]
-    return folder / (name + endings[0]) if endings else folder / name
-
-
-def _flag(target: str) -> str:
-    return "-o" if target == "animation" else f"--{target}"
-
-
-def _check_targets(targets: dict[str, Path], many: bool) -> None:
-    """Refuses outputs that could not be written."""
-    flags = {k: _flag(k) for k in targets}
-    errors = []
-    for name, path in targets.items():
-        above = next((p for p in path.absolute().parents if p.exists()), path)
-        endings = () if many else TARGETS[name]
-        if endings and path.suffix.lower() not in endings:
-            errors.append(f"{flags[name]}: {path} does not end in {' or '.join(endings)}")
-        if endings and path.is_dir():
-            errors.append(f"{flags[name]}: {path} is a folder, not a file")
-        if not endings and path.exists() and not path.is_dir():
-            errors.append(f"{flags[name]}: {path} is a file, where a folder is needed")
-        if not above.is_dir():
-            errors.append(f"{flags[name]}: {path} cannot be made, {above} is a file")
-    if errors:
-        raise SettingsError(errors)
-
-
-def _check_written(written: Sequence[dict[str, Path]], sources: Sequence[Path]) -> None:
-    """Refuses outputs that would overwrite what they are made from, or one another."""
-    read = {s.resolve() for s in sources}
-    made: dict[Path, str] = {}
-    errors = []
-    for paths in written:
-        for name, path in paths.items():
-            final = path.resolve()
-            if final in read or (name == "frames" and final in {r.parent for r in read}):
-                errors.append(f"{_flag(name)}: {path} would overwrite what it is made from")
-            if final in made:
-                errors.append(f"{_flag(name)}: {path} is the output of {made[final]} too")
-            made[final] = _flag(name)
-    if errors:
-        raise SettingsError(errors)
-
-
-def _report(paths: dict[str, Path]) -> None:
+def _report(paths: Paths) -> None:
     for path in paths.values():
         print(path)
 

@@ -47,16 +47,19 @@ class GaussianPrior:
     """
 
     def __init__(self, mean: Tensor, power: Tensor, prediction: str = "eps") -> None:
-        """Arguments:
-        mean: The mean picture with shape (3, H, W).
-        power: The spectrum S on ``rfft2``'s frequencies, with shape (3, H, W // 2 + 1).
-        prediction: ``eps`` (sigma space) or ``flow``.
+        """The prior's moments.
+
+        Arguments:
+            mean: The mean picture with shape (3, H, W).
+            power: The spectrum S on ``rfft2``'s frequencies, with shape (3, H, W // 2 + 1).
+            prediction: ``eps`` (sigma space) or ``flow``.
         """
         self.mean = mean
         self.power = power
         self.prediction = prediction
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """D(z; sigma)."""
         sigma = append_dims(sigma, z.ndim)
         a = signal_scale(sigma, self.prediction)
         gain = a * self.power / (a**2 * self.power + sigma**2)
@@ -95,14 +98,17 @@ class MixturePrior:
     prediction = "eps"
 
     def __init__(self, means: Tensor, variance: float) -> None:
-        """Arguments:
-        means: The components' means with shape (K, ...).
-        variance: The common variance v.
+        """The prior's components.
+
+        Arguments:
+            means: The components' means with shape (K, ...).
+            variance: The common variance v.
         """
         self.means = means
         self.variance = variance
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """D(z; sigma)."""
         total = append_dims(self.variance + sigma**2, z.ndim)
         gaps = z.unsqueeze(1) - self.means
         squares = gaps.flatten(2).square().sum(-1)

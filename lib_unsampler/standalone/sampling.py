@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,15 @@ def function(sampler: str) -> Callable[..., Tensor]:
     return getattr(kd, f"sample_{sampler}")
 
 
-def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tuple[int, ...]) -> Tensor:
+def sample(
+    model: Denoiser,
+    z: Tensor,
+    sigmas: Tensor,
+    sampler: str,
+    seeds: tuple[int, ...],
+    first: int = 1,
+    callback: Callable[[Any], None] | None = None,
+) -> Tensor:
     """Carries latents down a schedule with a k-diffusion sampler.
 
     Arguments:
@@ -57,8 +66,9 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
         z: Latents at ``sigmas[0]`` with shape (B, C, H, W).
         sigmas: The descending schedule from there, ending in 0.
         sampler: The name after ``sample_`` in k-diffusion.
-        seeds: One per image, for the noise that stochastic samplers add; draw 0 of each seed is
-            the one that made z and is not used again.
+        seeds: One per image, for the noise that stochastic samplers add.
+        first: The first draw of each seed that they may use: those before it made z, and are not used again.
+        callback: Called once in each step.
 
     Returns:
         The latents at the end, with the shape of z. ``dpm_fast`` and ``dpm_adaptive`` end at the
@@ -69,12 +79,12 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
         return model(z, sigmas[:1].expand(len(z)))
     own = function(sampler)
     accepted = inspect.signature(own).parameters
-    options = {}
+    options: dict[str, Any] = {"callback": callback, "disable": True}
     if sampler in ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"):
         options["noise_sampler"] = _brownian(z, sigmas[sigmas > 0], seeds)
     elif "noise_sampler" in accepted:
         draws = SeededDraws(seeds, tuple(z.shape[1:]))
-        counter = iter(range(1, 2**31))
+        counter = iter(range(first, 2**31))
         options["noise_sampler"] = lambda *_: draws(next(counter)).to(z)
     if "sigmas" in accepted:
         return own(model, z, sigmas, **options)
@@ -82,6 +92,20 @@ def sample(model: Denoiser, z: Tensor, sigmas: Tensor, sampler: str, seeds: tupl
     if sampler == "dpm_fast":
         options["n"] = len(sigmas) - 1
     return own(model, z, *span, **options)
+
+
+def noise_steps(sampler: str, sigmas: Tensor) -> tuple[int, ...]:
+    """The step, from 0, of each noise that a sampler asks for on a schedule: it is run on a single 0."""
+    asked: list[int] = []
+    begun: list[Any] = []
+
+    def noise(*_: Any) -> Tensor:
+        asked.append(len(begun) - 1)
+        return sigmas.new_zeros(1, 1, 1, 1)
+
+    options = {"noise_sampler": noise, "callback": begun.append, "disable": True}
+    function(sampler)(lambda x, _: 0 * x, sigmas.new_zeros(1, 1, 1, 1), sigmas, **options)
+    return tuple(asked)
 
 
 def _brownian(z: Tensor, sigmas: Tensor, seeds: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from ..core import inversion
-from ..core.inversion import Level
+from ..core.inversion import Level, Unnumbered
 from ..core.schedule import Levels
 from ..pictures.render import to_pictures
 from ..pictures.roundtrip import RoundTrip, measured
@@ -19,17 +19,13 @@ from .embedded import Denoiser
 
 
 @dataclass(frozen=True, eq=False)
-class WalkBack:
+class WalkBack(inversion.Walked):
     """A picture's inversion.
 
     Attributes:
-        levels: Every visited level, least noisy first.
-        estimates: The model's D(z) of the kept levels, by schedule index; empty where no panel is wanted.
         sampler: The sampler that was inverted.
     """
 
-    levels: tuple[Level, ...]
-    estimates: Mapping[int, Tensor]
     sampler: str
 
 
@@ -44,12 +40,7 @@ def walk_back(
     sampler, _ = inversion.kin(settings.sampler, settings.solver)
     levels: list[Level] = []
     estimates: dict[int, Tensor] = {}
-    calls = 0
-
-    def numbered(x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return model(x, sigma)
+    numbered = Unnumbered(model)
 
     with tqdm(total=len(plan.visited), desc="inverting", unit="level", disable=quiet) as bar:
 
@@ -58,10 +49,10 @@ def walk_back(
             if settings.panel and level.index in plan.kept:
                 seen = level.denoised
                 estimates[level.index] = model(level.z, level.z.new_tensor([level.sigma])) if seen is None else seen
-            bar.set_postfix_str(f"{calls} model calls", refresh=False)
+            bar.set_postfix_str(f"{numbered.calls} model calls", refresh=False)
             bar.update()
 
-        limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
+        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
         function = sampling.function(sampler)
         inversion.invert(numbered, source, plan, settings.solver, function, prediction, visit, **limits)
     return WalkBack(tuple(levels), estimates, sampler)
@@ -71,5 +62,5 @@ def round_trip(model: Denoiser, walked: WalkBack, source: Tensor, plan: Levels, 
     """The picture sampled back by the sampler that was inverted, under the prompts it was inverted with."""
     start = plan.visited[-1]
     back = sampling.sample(model, walked.levels[-1].z, plan.schedule[start:], walked.sampler, (0,))
-    pictures = tuple(to_pictures(latents)[0] for latents in (back, source))
+    pictures = (to_pictures(back)[0], to_pictures(source)[0])
     return measured(walked.levels, 0, (back[0], source[0]), pictures, None, tolerance)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..settings import TITLE, SettingsError, named, read, surface_fields
-from .host.page import xyz_plot
+from .host.page import earlier_defaults, xyz_plot
 from .host.request import RefusedError, arguments, set_arguments
 
 PREFIX = "[Unsampler] "
@@ -45,16 +45,24 @@ def _axes(plot: Any, f: Any) -> list[Any]:
 
 def _apply(f: Any) -> Callable[[Any, Any, Sequence[Any]], None]:
     def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
-        set_arguments(p, [{**named(arguments(p), "host"), f.name: value}])
+        behind = [field.default for field in surface_fields("host")]  # the page's own, which are in the dict now
+        set_arguments(p, [{**_named(p), f.name: value}, *behind])
 
     return apply
+
+
+def _named(p: Any) -> dict[str, Any]:
+    try:
+        return named(arguments(p), "host", earlier_defaults())
+    except SettingsError as error:
+        raise RefusedError(f"{TITLE}: {error}") from None
 
 
 def _confirm(f: Any) -> Callable[[Any, Sequence[Any]], None]:
     """Checks an axis before its first cell, since the plot shows a refused cell as an empty one."""
 
     def confirm(p: Any, values: Sequence[Any]) -> None:
-        if named(arguments(p), "host")["enabled"] is False:
+        if _named(p)["enabled"] is False:
             raise RefusedError(f"{PREFIX}{f.name}: {TITLE} is not ticked, so this axis would change nothing")
         for value in values:
             try:

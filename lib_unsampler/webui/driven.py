@@ -6,9 +6,9 @@ loaded, guided, previewed and interrupted as in the host's own sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -16,15 +16,25 @@ from torch import Tensor
 
 from ..core import replay
 from ..core.fingerprint import fingerprint
-from ..core.inversion import CALLS, Level, kin
+from ..core.inversion import CALLS, Level, Walked, kin, without_noise
 from ..core.inversion import invert as invert_
 from ..core.noising import Draw, unsample
 from ..core.replay import Recording
 from ..core.schedule import Levels
 from ..settings import TITLE, Settings
-from .host.draws import untouched_draws
-from .host.guiding import GuidedModel, in_sampler, k_diffusion_function, prompted, sampler_function
-from .host.progress import Progress
+from .host.draws import repeatable_draws, untouched_draws
+from .host.guiding import (
+    GuidedModel,
+    Skipped,
+    counted_calls,
+    draws_noise,
+    in_sampler,
+    k_diffusion_function,
+    prompted,
+    sampler_function,
+    starting_from,
+)
+from .host.progress import Mirrored, next_job, stopped
 from .host.request import comment, identity
 from .host.schedule import start_at
 
@@ -65,6 +75,11 @@ class Batch:
         """The request's own (positive, negative) conditions."""
         return self.conditioning, self.unconditional_conditioning
 
+    def sample_at(self, total: int, index: int) -> Tensor:
+        """The host's own sampling from another level of its schedule of ``total`` steps."""
+        with start_at(self.p, total, index) as steps:
+            return self.own(self.p, self.x, self.noise, *self.conds, steps, self.image_conditioning)
+
     def sample(
         self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None
     ) -> Tensor:
@@ -76,25 +91,18 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Inverted:
-    """The levels of a batch that the model walked backwards, least noisy first.
+class Inverted(Walked):
+    """A batch that the model walked backwards.
 
     Attributes:
-        source: The clean latents they start from.
-        levels: Every visited level that was reached.
-        estimates: The model's estimate D(z) at each kept level's schedule index, for panels; else empty.
+        source: The clean latents it started from.
         back: The noisiest level sampled back under the same prompts, for reports; else None.
+        remarks: What is to be said of it.
     """
 
     source: Tensor
-    levels: tuple[Level, ...]
-    estimates: Mapping[int, Tensor]
     back: Tensor | None
-
-    def kept(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
-        """The kept levels that were reached, as (schedule index, z in float32)."""
-        wanted = set(plan.levels.kept)
-        return ((level.index, level.z.float()) for level in self.levels if level.index in wanted)
+    remarks: tuple[str, ...] = ()
 
     def told(self) -> list[dict[str, Any]]:
         """What each level cost and how near it came, as plain values."""
@@ -114,6 +122,13 @@ _last: tuple[str, Inverted] | None = None
 """The last whole inversion, and the fingerprint of what it depends on."""
 
 
+def jobs(settings: Settings, resumed: bool) -> int:
+    """Jobs of the host's progress bar that driving one batch is; ``resumed`` is from a latents file."""
+    if settings.mode == "invert":
+        return 1 + settings.report
+    return int(settings.mode == "replay" and not resumed and bool({"init", "latents"} & set(settings.output)))
+
+
 def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
     """The levels of a batch as the model itself walks them, under the source's prompts.
 
@@ -125,34 +140,47 @@ def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
     """
     global _last
     name, message = kin(sampler_function(batch.p.sampler), settings.solver)
-    if message is not None:
-        comment(batch.p, message)
     with prompted(batch.p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
         asked = [getattr(settings, name) for name in ("solver", "cfg", "tolerance", "max_calls", "panel", "report")]
-        key = fingerprint(identity(batch.p, TITLE), source_conds, plan, asked)
-        if _last is None or _last[0] != key:
+        drawn = _sampling(batch.p) if settings.report else None
+        key = fingerprint(identity(batch.p, TITLE), source_conds, plan, asked, drawn)
+        if _last is not None and _last[0] == key:
+            made = _last[1]
+            next_job(jobs(settings, resumed=False))
+        else:
             _last = None  # so that two inversions are never held
             made = _walk_back(batch, plan, settings, source_conds, name)
-            if len(made.levels) < len(plan.levels.visited):
-                return made
-            _last = (key, made)
-    return _last[1]
+            if len(made.levels) == len(plan.levels.visited):
+                made = _sampled_back(batch, plan, made, source_conds) if settings.report else made
+                _last = None if stopped() else (key, made)
+    for text in (message, *made.remarks):
+        if text is not None:
+            comment(batch.p, text)
+    return made
+
+
+def _sampling(p: Any) -> list[Any]:
+    """What a sampler that adds noise depends on beside the rest of a request."""
+    names = ("seeds", "subseeds", "subseed_strength", "seed_resize_from_h", "seed_resize_from_w")
+    return [getattr(p, name, None) for name in (*names, "eta", "s_churn", "s_tmin", "s_tmax", "s_noise")]
 
 
 def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, Any], name: str) -> Inverted:
-    p, count = batch.p, len(plan.levels.visited)
-    progress = Progress(count, own_job=False)
+    total = len(plan.levels.visited)
+    progress = Mirrored(total)
     reached: list[Level] = []
     estimates: dict[int, Tensor] = {}
-    back: list[Tensor] = []
+    remarks: list[str] = []
 
-    def body(function: Callable[..., Tensor], denoiser: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        def called(calls: int) -> None:
-            level = min(len(reached) + 1, count)
-            progress.at(len(reached), f"Inverting: level {level} of {count}, {calls} model calls")
+    def called(calls: int) -> None:
+        level = min(len(reached) + 1, total)
+        progress.at(len(reached), f"Inverting: level {level} of {total}, {calls} model calls")
 
-        stride = p.sampler.config.total_steps(1) // CALLS[name]
-        model = GuidedModel(denoiser, options["extra_args"], stride, called)
+    def body(function: Callable[..., Tensor], denoiser: Any, start: Tensor, **options: Any) -> Tensor:
+        counted = counted_calls(function, denoiser, start, **options)
+        if name == sampler_function(batch.p.sampler) and draws_noise(function, denoiser, start, **options):
+            remarks.append(without_noise(name, settings.solver, options))
+        model = GuidedModel(denoiser, options["extra_args"], counted, CALLS[name], progress, called)
 
         def visit(level: Level) -> None:
             reached.append(level)
@@ -160,18 +188,40 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
                 sigma = level.z.new_full((len(level.z),), level.sigma)
                 estimates[level.index] = model(level.z, sigma, CALLS[name] * (level.index - plan.start))
 
-        limits = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
+        limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}
         with untouched_draws():
             walker = k_diffusion_function(name)
             invert_(model, batch.x, plan.levels, settings.solver, walker, plan.prediction, visit, **limits)
-            if settings.report:
-                denoiser.step = 0
-                back.append(walker(denoiser, reached[-1].z, sigmas, extra_args=options["extra_args"], disable=True))
         return start
 
-    batch.sample(plan, body, conds)
-    progress.done()
-    return Inverted(batch.x, tuple(reached), estimates, back[0] if back else None)
+    try:
+        batch.sample(plan, body, conds)
+    finally:
+        progress.done()
+    return Inverted(tuple(reached), estimates, batch.x, None, tuple(remarks))
+
+
+def _sampled_back(batch: Batch, plan: Plan, inverted: Inverted, conds: tuple[Any, Any]) -> Inverted:
+    """With the noisiest level sampled as img2img would, by its sampler and options, and with its draws."""
+    with repeatable_draws(batch.p, batch.noise), starting_from(batch.p.sampler, inverted.levels[-1].z):
+        back = batch.sample(plan, conds=conds)
+    next_job()
+    return inverted if stopped() else replace(inverted, back=back)
+
+
+Listen = Callable[[int, Tensor, Tensor], None]
+"""Told each step of a sampling: its schedule index, the state before it, and the model's estimate of the picture."""
+
+
+def listening(start: int, listen: Listen, inner: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    """A sampler's callback that tells every step to a listener first; ``start`` is the first step's schedule index."""
+
+    def called(info: Mapping[str, Any]) -> None:
+        listen(start + int(info["i"]), info["x"], info["denoised"])
+        if inner is not None:
+            inner(info)
+
+    return called
 
 
 class _Inpainting:
@@ -207,19 +257,28 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     made: list[Recording] = []
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)  # where prompt editing is in the schedule
         source_model = _Inpainting(model, x, getattr(p, "nmask", None))
-        sigmas = sigmas[-steps - 1 :]
-        made.append(replay.record(function, source_model, sigmas, states, x, fresh, plan.prediction, **options))
+        below = sigmas[-steps - 1 :]
+        with untouched_draws():
+            replay.rehearsed(function, model, below, x, plan.prediction, 0, **options)
+            counters = Skipped(
+                model, counted_calls(function, model, x, sigmas=sigmas, **options), len(sigmas) - len(below)
+            )
+            run = {**counters.options(options), "rewind": counters.rewind}
+            made.append(replay.record(function, source_model, below, states, x, fresh, plan.prediction, **run))
         return start
 
     with prompted(p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
         batch.sample(plan, body, source_conds)
+    next_job()
     return made[0] if made else None
 
 
-def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -> Tensor:
+def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int, listen: Listen | None) -> Tensor:
     """The host's own sampling with a recording's noises, from the level where the skip or the recording begins.
+
+    Arguments:
+        listen: Told every step: its schedule index, the state before it, and the model's estimate.
 
     Raises:
         ReplayError: for another sampler, schedule or options than the recorded ones.
@@ -228,9 +287,15 @@ def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int) -
     steps = max(1, min(len(plan.levels.visited) - skip, recorded))
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        model.step = p.sampler.config.total_steps(len(sigmas) - 1 - steps)
+        counters = Skipped(
+            model, counted_calls(function, model, start, sigmas=sigmas, **options), len(sigmas) - 1 - steps
+        )
         edited = _Inpainting(model, batch.x, getattr(p, "nmask", None))
         whole = plan.levels.schedule[-recorded - 1 :].to(sigmas)
-        return replay.replay(function, edited, whole, recording.like(start), recorded - steps, **options)
+        run = counters.options(options)
+        if listen is not None:
+            first = len(plan.levels.schedule) - 1 - steps
+            run["callback"] = listening(first, listen, run.get("callback"))
+        return replay.replay(function, edited, whole, recording.like(start), recorded - steps, **run)
 
     return batch.sample(plan, body)

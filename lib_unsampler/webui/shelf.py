@@ -1,19 +1,38 @@
-"""The folder where latents files are kept, as a shelf that requests, the page and API clients name files of.
+"""The folders of latents files and animations, as shelves that requests, the page and API clients name files of.
 
 A name is a path below the folder and nothing else: whatever leads out of it, by ``..``, from the root
-or over a link, is not on the shelf; nor is a file that is no trajectory.
+or over a link, is not on the shelf; nor is a file that this extension has not written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ..core import trajectory
 from ..core.trajectory import Trajectory, TrajectoryError
+from ..files import whole
 
 ENDING = ".safetensors"
 UPLOADS = "unsampler-uploads"
+
+FILM = re.compile(r"-unsampling(-\d+)?(\.gif|\.webp|\.png|\.mp4)$")
+"""The end of an animation's name; the number is there where the WebUI's owner wants no file replaced."""
+
+HEADS = {
+    ".gif": re.compile(rb"GIF89a"),
+    ".webp": re.compile(rb"RIFF....WEBPVP8X", re.S),
+    ".png": re.compile(rb"\x89PNG\r\n\x1a\n.{25}....acTL", re.S),
+    ".mp4": re.compile(rb"....ftyp", re.S),
+}
+"""How each animation's file begins."""
+
+
+class NotOnShelfError(ValueError):
+    """A name of no file on the shelf."""
 
 
 def name_of(folder: Path, file: Path) -> str:
@@ -22,31 +41,75 @@ def name_of(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else ""
 
 
+def _place(folder: Path, name: str) -> Path | None:
+    """The file below the folder that a name names, if there is one; any text may be asked for."""
+    parts = tuple(name.split("/"))
+    if "\0" in name or ".." in parts or Path(*parts).parts != parts:
+        return None
+    try:
+        name.encode()  # a name that is no text cannot be answered with either
+        root = folder.resolve()
+        file = root.joinpath(*parts).resolve()
+        return file if file.is_relative_to(root) and file.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a lone surrogate
+        return None
+
+
+def _listed(folder: Path, ending: Callable[[str], object], find: Callable[[Path, str], Path]) -> list[str]:
+    """Every file on a shelf by name, newest first; one that cannot be read is passed over."""
+    found: dict[str, float] = {}
+    for where, _, files in os.walk(folder):
+        for file in filter(ending, files):
+            try:
+                there = find(folder, Path(where, file).relative_to(folder).as_posix())
+                found[name_of(folder, there)] = there.stat().st_mtime
+            except (NotOnShelfError, TrajectoryError, OSError):
+                continue
+    return sorted(found, key=lambda name: found[name], reverse=True)
+
+
 def names(folder: Path) -> list[str]:
     """Every latents file on the shelf, newest first."""
-    files = {name_of(folder, file): file for file in folder.rglob(f"*{ENDING}") if _is_ours(folder, file)}
-    return sorted(files, key=lambda name: files[name].stat().st_mtime, reverse=True)
-
-
-def _is_ours(folder: Path, file: Path) -> bool:
-    try:
-        find(folder, name_of(folder, file))
-    except TrajectoryError:
-        return False
-    return True
+    return _listed(folder, lambda file: file.endswith(ENDING), find)
 
 
 def find(folder: Path, name: str) -> Path:
-    """The file of a name.
+    """The latents file of a name.
 
     Raises:
         TrajectoryError: if there is none on the shelf, or it was not written by this extension.
     """
-    file = (folder.resolve() / name.replace("\0", "")).resolve()
-    if not name.endswith(ENDING) or not name_of(folder, file) or not file.is_file():
-        raise TrajectoryError(f"{name!r} is not a latents file ({ENDING}) in the img2img output folder")
+    file = _place(folder, name)
+    if file is None or not name.endswith(ENDING):
+        raise TrajectoryError(f"{name[:200]!r} is not a latents file ({ENDING}) in the img2img output folder")
     trajectory.check(file)
     return file
+
+
+def film_names(folder: Path) -> list[str]:
+    """Every animation on the shelf, newest first."""
+    return _listed(folder, FILM.search, find_film)
+
+
+def find_film(folder: Path, name: str) -> Path:
+    """The animation of a name.
+
+    Raises:
+        NotOnShelfError: if there is none on the shelf, or it is none of this extension's.
+    """
+    file = _place(folder, name)
+    if file is None or not FILM.search(name) or not _is_film(file):
+        raise NotOnShelfError(f"{name[:200]!r} is not an animation (-unsampling.gif, ...) in the folder of animations")
+    return file
+
+
+def _is_film(file: Path) -> bool:
+    head = HEADS.get(file.suffix)
+    try:
+        with file.open("rb") as opened:
+            return head is not None and head.match(opened.read(64)) is not None
+    except OSError:
+        return False
 
 
 def read(folder: Path, name: str) -> Trajectory:
@@ -68,6 +131,6 @@ def take(folder: Path, upload: Path) -> str:
     data = upload.read_bytes()
     kept = folder / UPLOADS / f"{hashlib.sha256(data).hexdigest()[:16]}{ENDING}"
     if not kept.exists():
-        with trajectory.whole(kept) as part:
+        with whole(kept) as part:
             part.write_bytes(data)
     return name_of(folder, kept)

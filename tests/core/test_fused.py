@@ -232,7 +232,7 @@ def test_the_kernels_words_and_transform_at_the_extremes() -> None:
     from lib_unsampler.core import kernels
 
     @tt.jit
-    def transform(out, x, y, BLOCK: tl.constexpr):
+    def transform(out, x, y, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202 (Triton's own language)
         i = tl.arange(0, BLOCK)
         bits_x = tl.load(x + i).to(tl.uint32)
         bits_y = tl.load(y + i).to(tl.uint32)

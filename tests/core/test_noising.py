@@ -339,3 +339,13 @@ def test_signal_scale() -> None:
     with pytest.raises(ValueError, match="prediction: 'const' is not one of eps, v, flow"):
         signal_scale(FLOW, "const")
     assert signal_scale(EPS, "eps").tolist() == signal_scale(EPS, "v").tolist() == [1] * 6
+
+
+@predictions
+def test_a_path_begins_clean_wherever_the_schedule_ends(prediction: str, latent: Latent, known_draws: Known) -> None:
+    """KL Optimal ends above 0: the levels above have their whole noise all the same."""
+    ended, whole = torch.tensor([0.9, 0.5, 0.2, 0.1]), torch.tensor([0.9, 0.5, 0.2, 0.0])
+    x = latent(2, 4, 6, 5)
+    draw, _ = known_draws(3, *x.shape)
+    z = [unsample(x, levels(s, whole=True), draw, "path", prediction) for s in (ended, whole)]
+    assert len(z[0]) == 3 and torch.equal(*z)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib_unsampler.bench import replay as bench
 from lib_unsampler.core.noising import SeededDraws, walk
-from lib_unsampler.core.replay import MULTISTEP, Recorder, Recording, ReplayError, check_function, record, replay
+from lib_unsampler.core.replay import Recorder, Recording, ReplayError, check_function, record, replay
 from lib_unsampler.core.schedule import levels
 from lib_unsampler.standalone.embedded import Denoiser, GaussianPrior, guided, make_model, masked
 from lib_unsampler.standalone.sampling import STOCHASTIC, get_sigmas, kd
@@ -22,6 +22,7 @@ from lib_unsampler.standalone.sampling import STOCHASTIC, get_sigmas, kd
 HEIGHT, WIDTH, STEPS = 12, 16, 10
 MODELS = ("gaussian", "mixture")
 SEEDS = (3, 4)
+MULTISTEP = ("dpmpp_2m_sde", "dpmpp_3m_sde")
 ONE_STEP = tuple(s for s in STOCHASTIC if s not in MULTISTEP)
 samplers = pytest.mark.parametrize("sampler", STOCHASTIC)
 
@@ -290,6 +291,22 @@ def test_one_step_alone_and_repeated_levels() -> None:
     world.states = torch.cat([world.states, world.states[-1:]])
     recording = world.record("euler_ancestral")
     assert torch.isfinite(recording.maps).all() and torch.equal(world.replay(recording), world.source)
+
+
+@pytest.mark.parametrize("sampler", [*STOCHASTIC, "consistency"])
+@pytest.mark.parametrize("cfg", [1.0, 7.0])
+def test_a_schedule_that_ends_above_zero_has_the_source_there(sampler: str, cfg: float) -> None:
+    world = World("gaussian", cfg)
+    world.sigmas = kd.get_sigmas_karras(STEPS + 1, 0.03, 14.6)[:-1]
+    draw = SeededDraws(world.seeds, (3, HEIGHT, WIDTH))
+    plan = levels(world.sigmas, whole=True)
+    assert len(plan.visited) == STEPS
+    world.states = torch.stack([z for _, z in walk(world.source, plan, draw, "independent", "eps")])
+    recording = world.record(sampler)
+    assert torch.equal(world.replay(recording), world.source)
+    torch.testing.assert_close(recording.states, world.states.flip(0), rtol=2e-6, atol=2e-6)
+    edit = world.replay(recording, "sea")
+    assert (edit - world.source).abs().max() > 0.01 and edit.isfinite().all()
 
 
 def test_the_samplers_callback_is_called_while_recording() -> None:

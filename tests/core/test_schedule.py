@@ -57,6 +57,18 @@ def test_a_repeated_final_zero_is_no_noise_level() -> None:
     assert plan.kept == plan.visited == (1,) and plan.draw_index(1) == 1
 
 
+def test_a_whole_schedule_ends_where_it_ends() -> None:
+    """KL Optimal: n + 1 sigmas, the last above 0; nothing is appended."""
+    plan = levels(torch.tensor([14.6, 3.0, 0.5, 0.03]), whole=True)
+    assert plan.schedule.tolist() == pytest.approx([14.6, 3.0, 0.5, 0.03])
+    assert plan.kept == plan.visited == (2, 1, 0) and plan.draw_index(2) == 0
+    assert levels(torch.tensor([14.6, 3.0, 0.03, 0.03]), whole=True).visited == (1, 0)
+    assert levels(torch.tensor([3.0, 1.0, 0.0]), whole=True).visited == (1, 0)
+    for flat in ([1.0], [1.0, 1.0]):
+        with pytest.raises(ValueError, match="schedule: it has no sigma above its end"):
+            levels(torch.tensor(flat), whole=True)
+
+
 def test_flow_starts_at_one_and_other_dtypes_are_read() -> None:
     plan = levels(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64))
     assert plan.schedule.dtype == torch.float32 and plan.sigmas.tolist() == [0.5, 1.0]

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib_unsampler.core.noising import SeededDraws, blend, unsample
+from lib_unsampler.core.noising import SeededDraws, unsample
 from lib_unsampler.core.replay import Recording, record
 from lib_unsampler.core.schedule import levels
 from lib_unsampler.core.trajectory import Trajectory, TrajectoryError, load, save
@@ -31,7 +31,7 @@ def make(source: Tensor, mask: Tensor | None = None, maps: bool = False) -> Traj
     plan = levels(SCHEDULE, 1, 2)
     z = unsample(source, plan, SeededDraws((1, 2), source.shape[1:]), "path", "eps")
     return Trajectory(
-        z=blend(z, source, mask),
+        z=z,
         sigmas=plan.sigmas,
         schedule=plan.schedule,
         start=plan.kept[-1],
@@ -39,7 +39,7 @@ def make(source: Tensor, mask: Tensor | None = None, maps: bool = False) -> Traj
         prediction="eps",
         seeds=(1, 2**63 - 1),
         mask=mask,
-        handoff=None if mask is None else z[-1],
+        handoff=None if mask is None else z[-1] + 1,
         replay=recorded(source) if maps else None,
         settings={"steps": 4, "noise": "path", "positive": 'a "quoted", ünïcode: text'},
         info={"model": "gaussian"},
@@ -72,7 +72,7 @@ def assert_refused(path: Path, *said: str) -> None:
 
 def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
 
 
 def assert_same(name: str, one: Any, other: Any) -> None:
@@ -106,7 +106,7 @@ def test_the_file_is_as_documented(file: Path, latent: Latent) -> None:
     tensors, metadata = contents(file)
     assert tensors["z"].shape == (2, 2, 3, 4, 5) and tensors["sigmas"].tolist() == [0.5, 5.0]
     assert torch.equal(tensors["source"], latent(2, 3, 4, 5))
-    assert metadata["version"] == "1" and metadata["prediction"] == "eps"
+    assert metadata["version"] == "2" and metadata["prediction"] == "eps"
     assert json.loads(metadata["seeds"]) == [1, 2**63 - 1] and json.loads(metadata["settings"])["steps"] == 4
 
 
@@ -148,7 +148,7 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_version_says_so(file: Path) -> None:
     tensors, metadata = contents(file)
-    save_file(tensors, file, {**metadata, "version": "2"})
+    save_file(tensors, file, {**metadata, "version": "3"})
     assert_refused(file, "newer", "update")
 
 
@@ -198,8 +198,6 @@ MISFITS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
     "schedule of rank 2": lambda t: {"schedule": t["schedule"][None]},
     "scalar schedule": lambda t: {"schedule": t["schedule"][0]},
     "scalar source": lambda t: {"source": t["schedule"][0]},
-    "mask without handoff": lambda t: {"mask": torch.ones(1, 1, 4, 5)},
-    "handoff without mask": lambda t: {"handoff": t["source"]},
     "small handoff": lambda t: {"handoff": t["source"][:1], "mask": torch.ones(1, 1, 4, 5)},
     "small mask": lambda t: {"handoff": t["source"], "mask": torch.ones(1, 1, 4, 4)},
     "mask of rank 5": lambda t: {"handoff": t["source"], "mask": torch.ones(1, 2, 1, 4, 5)},
@@ -281,6 +279,7 @@ def test_a_pickle_is_never_read(writer: Callable[[Any, Path], Any], tmp_path: Pa
 
 def test_tensors_may_be_views_of_one_another(tmp_path: Path, latent: Latent) -> None:
     whole = make(latent(2, 3, 4, 5))
+    whole = replace(whole, z=whole.z.sigmoid())  # a mask's values are 0 to 1
     shared = replace(whole, mask=whole.z[0, :, :1], handoff=whole.z[-1], source=whole.z[0])
     save(shared, tmp_path / "t")
     assert torch.equal(load(tmp_path / "t").latent, whole.z[-1])
@@ -304,3 +303,106 @@ def test_a_saved_file_is_as_readable_as_any_new_file(file: Path) -> None:
     plain = file.with_name("plain")
     plain.touch()
     assert file.stat().st_mode == plain.stat().st_mode
+
+
+# What no run makes
+
+
+def damaged(file: Path, about: dict[str, Any], **changed: Tensor) -> None:
+    tensors, metadata = contents(file)
+    save_file({**tensors, **{k: v.contiguous() for k, v in changed.items()}}, file, {**metadata, **about})
+
+
+def a_replay(file: Path, latent: Latent) -> dict[str, Tensor]:
+    """A whole file, masked and with a replay; returns its tensors."""
+    save(make(latent(2, 3, 4, 5), torch.linspace(0, 1, 20).reshape(1, 1, 4, 5), maps=True), file)
+    return contents(file)[0]
+
+
+EVERY = ("z", "source", "mask", "handoff", "states", "maps", "residual", "sigmas", "schedule")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.uint8])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_tensor_that_is_not_floating_is_refused_by_name(
+    name: str, dtype: torch.dtype, file: Path, latent: Latent
+) -> None:
+    tensors = a_replay(file, latent)
+    damaged(file, {}, **{name: tensors[name].to(dtype)})
+    assert_refused(file, f"{name} is of type {str(dtype)[6:]}, not floating")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_value_that_is_not_finite_is_refused(name: str, value: float, file: Path, latent: Latent) -> None:
+    tensor = a_replay(file, latent)[name].clone()
+    tensor.view(-1)[-1] = value
+    damaged(file, {}, **{name: tensor})
+    assert_refused(file, *([f"{name} holds values that are not finite"] if name in EVERY[:7] else []))
+
+
+def test_every_error_is_named_at_once(file: Path, latent: Latent) -> None:
+    tensors = a_replay(file, latent)
+    broken = {name: tensors[name] * float("nan") for name in ("z", "residual")}
+    damaged(file, {}, mask=tensors["mask"] * 5, **broken)
+    assert_refused(file, "z holds", "residual holds", "mask holds values from 0 to 5, not from 0 to 1")
+    damaged(file, {"prediction": "x", "seeds": '["a", 2]'}, z=tensors["z"].int(), handoff=tensors["handoff"][:1])
+    assert_refused(file, "z is of type", "prediction 'x'", "seeds ['a', 2]", "handoff (1, 3, 4, 5)")
+
+
+SCHEDULES = {
+    "rising": ([5.0, 9.0, 2.0, 0.5, 0.0], "does not descend"),
+    "negative": ([9.0, 5.0, 2.0, 0.5, -1.0], "ends at -1"),
+    "no end": ([9.0, 5.0, 2.0, 0.5, 0.1], "the schedule ends at 0.1, and sampling ended at 0"),
+    "short": ([9.0], "the schedule ends at 9"),
+}
+
+
+@pytest.mark.parametrize("case", SCHEDULES)
+def test_a_schedule_that_no_sampler_has_is_refused(case: str, file: Path) -> None:
+    damaged(file, {}, schedule=torch.tensor(SCHEDULES[case][0]))
+    assert_refused(file, SCHEDULES[case][1])
+
+
+def test_a_schedule_may_end_above_0_where_it_says_so(file: Path) -> None:
+    """As of *KL Optimal*; a file of 0.1.0 names no end, and its schedule ends at 0."""
+    ending = torch.tensor([9.0, 5.0, 2.0, 0.5, 0.1])
+    damaged(file, {"end": repr(float(ending[-1]))}, schedule=ending)
+    again = load(file)
+    assert again.remaining.tolist() == ending[1:].tolist()
+    save(again, file)
+    assert torch.equal(load(file).schedule, ending)
+    damaged(file, {"end": "0.2"}, schedule=ending)
+    assert_refused(file, "the schedule ends at 0.1, and sampling ended at 0.2")
+
+
+def test_a_flow_model_has_no_sigma_above_1(file: Path) -> None:
+    damaged(file, {"prediction": "flow"})
+    assert_refused(file, "begins at sigma 9, above the 1 of a flow model")
+
+
+@pytest.mark.parametrize("version", ["0", "-1", "1.5", ""])
+def test_a_version_that_never_was_is_refused(version: str, file: Path) -> None:
+    damaged(file, {"version": version})
+    assert_refused(file)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"steps": [0.5]}, "steps [0.5] are not whole numbers"),
+        ({"steps": [True]}, "not whole numbers"),
+        ({"steps": ["0"]}, "not whole numbers"),
+        ({"steps": [1]}, "no map belongs to step 0 of 2"),
+        ({"steps": [0, 0]}, "do not fit residual"),
+        ({"steps": [-1]}, "do not rise"),
+        ({"options": {"eta": None}}, "the replay's eta None is neither number nor word"),
+        ({"options": {"eta": [1]}}, "neither number nor word"),
+        ({"options": {"eta": float("nan")}}, "the replay's eta nan is not finite"),
+    ],
+)
+def test_what_is_told_of_a_replay_is_checked(changed: dict[str, Any], said: str, file: Path, latent: Latent) -> None:
+    a_replay(file, latent)
+    told = json.loads(contents(file)[1]["replay"])
+    damaged(file, {"replay": json.dumps({**told, **changed})})
+    assert_refused(file, said)

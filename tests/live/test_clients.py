@@ -6,19 +6,22 @@ Run with ``-m live``.
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
+import json
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from test_live import CAT, URL, apart, ask, img2img, notes, pixels
-from test_readme import README
+from test_live import CAT, URL, apart, as_base64, ask, img2img, notes, pixels
+from test_readme import WEBUI, python_examples
 
 from lib_unsampler.core import trajectory
 from lib_unsampler.settings import surface_fields
@@ -78,8 +81,64 @@ def test_webuiapi_is_told_what_is_wrong(client: Any) -> None:
         asked(client, {"noise": "pink"})
 
 
-def served(path: str) -> bytes:
-    return urllib.request.urlopen(URL + path, timeout=60).read()
+def served(path: str, **headers: str) -> bytes:
+    return urllib.request.urlopen(urllib.request.Request(URL + path, headers=headers), timeout=60).read()
+
+
+def test_webuiapi_gets_an_mp4_by_its_route(client: Any, tmp_path: Path) -> None:
+    """It takes every item of the reply for a picture, and an MP4 is none."""
+    settings = {"output": ["animation"], "format": "mp4"}
+    try:
+        asked(client, settings)
+    except RuntimeError as error:
+        pytest.skip(f"this WebUI has no PyAV: {error}")
+    except Image.UnidentifiedImageError:
+        pass
+    result = asked(client, settings, send_images=False, save_images=True)
+    (name,) = result.info["extra_generation_params"]["Unsampler animations names"]
+    assert name in ask("/unsampler/v1/animations")
+    data = served(f"/unsampler/v1/animations/{name}")
+    assert data[4:8] == b"ftyp" and served(f"/unsampler/v1/animations/{name}", Range="bytes=4-7") == b"ftyp"
+    av = pytest.importorskip("av")
+    (tmp_path / "cat.mp4").write_bytes(data)
+    with av.open(str(tmp_path / "cat.mp4")) as film:
+        assert len(list(film.decode(video=0))) == 7
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "apng"])
+def test_a_saved_animation_is_had_over_the_api(form: str) -> None:
+    reply = img2img({"output": ["animation"], "format": form}, save_images=True)
+    (name,) = reply["params"]["Unsampler animations names"]
+    assert served(f"/unsampler/v1/animations/{name}") == base64.b64decode(reply["images"][0])
+    assert img2img({"output": ["animation"], "format": form})["params"]["Unsampler animations names"] == []
+
+
+def test_a_file_is_had_in_parts() -> None:
+    (name,) = img2img({"output": ["latents"]})["params"]["Unsampler latents names"]
+    path = f"/unsampler/v1/latents/{name}"
+    whole = served(path)
+    assert served(path, Range="bytes=10-99", **{"Accept-Encoding": "gzip"}) == whole[10:100]
+    assert served(path, **{"Accept-Encoding": "gzip"}) == whole
+    told = urllib.request.urlopen(urllib.request.Request(URL + path, method="HEAD"), timeout=60)
+    assert int(told.headers["Content-Length"]) == len(whole) and told.read() == b""
+    with pytest.raises(urllib.error.HTTPError, match="416"):
+        served(path, Range=f"bytes={len(whole)}-")
+
+
+def test_what_stands_behind_the_dict_is_refused_by_name() -> None:
+    for behind, said in (([5], "output: 5"), ([{"steps": 3}], "output: {'steps': 3}")):
+        reply = img2img(args=[{"output": ["frames"]}, *behind])
+        assert reply["status"] == 422 and f"{said} stands behind a dict" in reply["detail"]
+
+
+@pytest.mark.parametrize("size", [(100, 60), (72, 100)])
+def test_any_picture_has_a_report(size: tuple[int, int]) -> None:
+    transparent = Image.open(CAT).convert("RGBA").resize(size)
+    transparent.putalpha(Image.linear_gradient("L").resize(size))
+    settings = {"mode": "invert", "output": ["frames"], "report": True, "steps": 3, "max_calls": 3}
+    fields = {"width": size[0], "height": size[1], "sampler_name": "Euler", "steps": 3, "mask": None}
+    reply = img2img(settings, init_images=[as_base64(transparent)], **fields)
+    assert notes(reply)[0]["kind"] == "report" and notes(reply)[0]["codec dB"] > 3, reply
 
 
 def test_a_latents_file_is_had_over_the_api_and_init_goes_on_from_it(tmp_path: Path) -> None:
@@ -102,9 +161,14 @@ def test_a_latents_file_is_had_over_the_api_and_init_goes_on_from_it(tmp_path: P
         assert refused["status"] == 422 and "trajectory: " in refused["detail"]
 
 
-@pytest.mark.parametrize("name", ["..%2f..%2fconfig.json", "%2fetc%2fpasswd", "no.safetensors"])
+NAMES = ["..%2f..%2fconfig.json", "%2fetc%2fpasswd", "no.safetensors", "x" * 300, "a%00.safetensors", "%ff.safetensors"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_else_is_had_over_the_api(name: str) -> None:
-    assert ask(f"/unsampler/v1/latents/{name}")["status"] == 404
+    for kind in ("latents", "animations"):
+        reply = ask(f"/unsampler/v1/{kind}/{name}")
+        assert reply["status"] == 404 and "is not a" in reply["detail"]
 
 
 def test_parameters_of_a_picture_are_a_request() -> None:
@@ -125,6 +189,25 @@ def test_parameters_of_a_picture_are_a_request() -> None:
     over = img2img({"output": ["frames"]}, infotext=first["infotexts"][1])
     assert over["params"]["Unsampler settings"]["noise"] == "shared"  # what the request itself says, holds
     assert not any(key.startswith("Unsampler") for key in img2img()["params"])
+
+
+def test_the_infotext_field_takes_what_the_readme_says() -> None:
+    """Sent as the README's example sends it. Seed, steps, sampler and our fields are the parameters'; the prompt,
+    the size, CFG and the strength stay the API's own defaults."""
+    settings = {"output": ["frames"], "noise": "path", "step_increment": 2}
+    first = img2img(settings, seed=77, steps=4, sampler_name="Heun", negative_prompt="rain")
+    again, plain = (
+        ask("/sdapi/v1/img2img", {"init_images": [as_base64(Image.open(CAT))], **body})
+        for body in ({"infotext": first["infotexts"][1]}, {"steps": 1})
+    )
+    said, of_the_first, defaults = (json.loads(reply["info"]) for reply in (again, first, plain))
+    for key in ("seed", "steps", "sampler_name"):
+        assert said[key] == of_the_first[key] != defaults[key]
+    told = said["extra_generation_params"]
+    assert told["Unsampler settings"] == first["params"]["Unsampler settings"] and len(again["images"]) == 3
+    for key in ("prompt", "negative_prompt", "width", "height", "cfg_scale", "denoising_strength"):
+        assert said[key] == defaults[key]
+    assert said["cfg_scale"] != of_the_first["cfg_scale"] and said["width"] != of_the_first["width"]
 
 
 def plot_axes() -> list[str]:
@@ -193,9 +276,11 @@ def test_the_bar_only_goes_forward_and_says_why(
         assert any(text in (p["textinfo"] or "") for p in seen)
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
-def test_a_python_example_of_the_readme_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.findall(r"```python\n(.*?)```", README, re.S)[number]
+@pytest.mark.parametrize("number", range(len(python_examples(WEBUI))))
+def test_a_python_example_of_the_webuis_readme_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = python_examples(WEBUI)[number]
     if "webuiapi" in example:
         pytest.importorskip("webuiapi")
     Image.open(CAT).convert("RGB").resize((128, 128)).save(tmp_path / "cat.jpg")
@@ -204,7 +289,7 @@ def test_a_python_example_of_the_readme_runs(number: int, tmp_path: Path, monkey
     example = example.replace("127.0.0.1", host).replace("7860", port)
     for small in ('"width": 128, "height": 128, "steps": 6', "width=128, height=128, steps=6"):
         example = example.replace('"steps": 20' if ":" in small else "steps=20", small)
-    exec(compile(example, f"README example {number + 1}", "exec"), {})
+    exec(compile(example, f"webui/README.md example {number + 1}", "exec"), {})
     made = {file.suffix: file.read_bytes() for file in tmp_path.iterdir() if file.name != "cat.jpg"}
     assert made
     for ending, data in made.items():

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageSequence
 
-from lib_unsampler.settings import surface_fields
+from lib_unsampler.settings import help_on, surface_fields
 
 URL = os.environ.get("WEBUI_URL", "")
 SCHEDULER = os.environ.get("WEBUI_SCHEDULER", "Automatic")
@@ -346,7 +346,7 @@ def test_the_script_documents_itself() -> None:
     assert (enabled["label"], enabled["value"]) == ("Batch Unsampler", False)
     assert len(args) == len(surface_fields("host"))
     for f, arg in zip(surface_fields("host"), args):
-        assert arg["label"] == f.metadata["label"]
+        assert arg["label"] == f"{f.metadata['label']}: {help_on(f, 'host')}"
         assert arg["value"] == (list(f.default) if isinstance(f.default, tuple) else f.default)
         assert (arg["minimum"], arg["maximum"]) == (f.metadata["minimum"], f.metadata["maximum"])
         assert (choices(arg) or None) == f.metadata["choices"]

@@ -5,7 +5,9 @@ Run with ``-m live`` where Playwright and a Chromium are (``CHROMIUM`` names ano
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,12 @@ def everything(page: Any) -> dict[str, Any]:
     return {"enabled": page.locator("#batch_unsampler-visible-checkbox").is_checked(), **values}
 
 
+def open_fold(page: Any) -> None:
+    fold = page.locator(".batch-unsampler-fold")
+    if fold.get_attribute("aria-expanded") != "true":
+        fold.click()
+
+
 def paste(page: Any, text: str) -> None:
     """Pastes parameters into the prompt and presses the arrow; the prompt is the last thing that is known to change."""
     page.locator("#img2img_prompt textarea").fill(text)
@@ -75,22 +83,30 @@ def expected(wanted: Settings) -> dict[str, Any]:
 
 def quoted(value: str) -> str:
     """As the host writes a value of the parameters."""
-    import json
-
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",\n:") else value
 
 
 @settings(max_examples=15, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=SHARED)
 @given(values=requests("host"))
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
-    said = ("positive", "negative", "trajectory")
-    texts = {name: values[name].replace("\r", "") for name in said}  # as a page has them
+    texts = {name: values[name].replace("\r", "") for name in ("positive", "negative")}  # as a page has them
+    texts["trajectory"] = re.sub("[\r\n]", "", values["trajectory"])  # the chooser has one line
     wanted = parse({**values, **texts}, "host")
     written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
     paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
     got = everything(page)
     assert {k: v for k, v in got.items() if v != expected(wanted)[k]} == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["cat.safetensors\n", "\ncat.safetensors", "a\ncat.safetensors", "cat.safetensors\r\n"]
+)
+def test_a_pasted_file_name_has_one_line(page: Any, name: str) -> None:
+    written = {"Unsampler version": "0", **to_infotext(parse({"trajectory": name}, "host"), "host")}
+    lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
+    paste(page, f"pasted\nSteps: 6, Sampler: Euler, Seed: 5, Size: 128x128, {lines}")
+    assert shown(page, "trajectory") == re.sub("[\r\n]", "", name)
 
 
 def test_a_picture_s_own_parameters_are_pasted(page: Any) -> None:
@@ -107,7 +123,7 @@ def test_a_latents_file_is_chosen_or_uploaded(page: Any, tmp_path: Path) -> None
     box = page.locator("#batch_unsampler")
     if not page.locator("#batch_unsampler-visible-checkbox").is_checked():
         box.locator(".label-wrap > span").first.click(position={"x": 60, "y": 10})
-    box.get_by_text("Levels from a file", exact=True).first.click()
+    open_fold(page)
     page.click("#batch_unsampler_look")
     page.wait_for_timeout(1500)
     page.locator("#batch_unsampler_trajectory input").click()
@@ -126,6 +142,52 @@ def test_a_latents_file_is_chosen_or_uploaded(page: Any, tmp_path: Path) -> None
         else:
             assert shown(page, "trajectory") == before
             assert page.get_by_text("not a readable trajectory file").count()
+
+
+def put(page: Any, selector: str, value: Any) -> None:
+    number = page.locator(f"{selector} input[type=number]")
+    number.fill(str(value))
+    number.press("Tab")
+
+
+def test_the_curve_is_the_request_s_and_the_player_has_its_frames(page: Any) -> None:
+    """From a fresh page: tick, move a slider, Generate, scrub, start from a level."""
+    page.reload()
+    page.wait_for_selector("#batch_unsampler_trajectory", state="attached", timeout=120000)
+    page.wait_for_timeout(2000)
+    page.click("#tabs > div.tab-nav button:has-text('img2img')")
+    picture = str(Path(__file__).resolve().parents[2] / "lib_unsampler/assets/cat.jpg")
+    page.locator("#img2img_img2img_tab input[type=file], #img2img_image input[type=file]").first.set_input_files(
+        picture
+    )
+    page.wait_for_timeout(1500)
+    for name, value in (("steps", 8), ("width", 128), ("height", 128), ("seed", 5)):
+        put(page, f"#img2img_{name}", value)
+    page.locator("#batch_unsampler .label-wrap > span").first.click(position={"x": 60, "y": 10})
+    assert page.locator("#batch_unsampler-visible-checkbox").is_checked()
+    curve = page.locator("#batch_unsampler_curve[data-kept]")
+    curve.wait_for(timeout=20000)  # a request of the tests before has loaded the model
+    assert page.locator("#batch_unsampler").bounding_box()["height"] <= 420
+    before = json.loads(curve.get_attribute("data-kept"))
+    page.locator("#batch_unsampler_step_increment .batch-unsampler-range").fill("2")
+    page.wait_for_timeout(300)
+    drawn = json.loads(curve.get_attribute("data-kept"))
+    assert drawn == before[::-1][::2][::-1]
+    page.click("#img2img_generate")
+    player = page.locator("#batch_unsampler_player")
+    player.wait_for(timeout=120000)
+    page.wait_for_timeout(1500)
+    told = json.loads(page.locator("#generation_info_img2img textarea").input_value())["extra_generation_params"]
+    assert drawn == told["Unsampler sigmas"]
+    scrub = player.get_by_label("Frame", exact=True)
+    assert int(scrub.get_attribute("max")) == len(drawn)
+    scrub.fill("2")
+    step = told["Unsampler images"][-len(drawn) - 1 :][2]["step"]
+    assert page.locator("#batch_unsampler_frame").text_content().startswith(f"step {step},")
+    page.get_by_role("button", name="Start from this level").click()
+    page.wait_for_timeout(1500)
+    assert shown(page, "end_at_step") == step and shown(page, "output") == ("init",)
+    assert not page.locator("#batch_unsampler .batch-unsampler-error").filter(visible=True).count()
 
 
 def test_the_settings_tab_has_the_section(page: Any) -> None:

@@ -395,7 +395,7 @@ def test_what_fails_at_the_head_leaves_no_open_file(
 def test_an_error_of_others_keeps_its_name(tmp_path: Path) -> None:
     def frames() -> Iterator[Image.Image]:
         yield noisy(1)
-        Path("/nonexistent/source").open()
+        Path("/nonexistent/source").read_bytes()
 
     with pytest.raises(FileNotFoundError, match="/nonexistent/source"):
         write(tmp_path / "a.gif", frames(), Timing([0.1] * 9))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -94,3 +96,37 @@ def test_after_an_error_nothing_is_handed_on() -> None:
         finally:
             gate.set()
     assert found == []
+
+
+class Held:
+    """Something that a failing call has at hand."""
+
+
+def test_an_error_is_raised_once_and_what_it_held_is_free() -> None:
+    """Its traceback leads to every call's objects: kept, they would wait for a collection of cycles."""
+    seen: list[weakref.ref[Held]] = []
+
+    def fail() -> None:
+        held = Held()
+        seen.append(weakref.ref(held))
+        raise ZeroDivisionError
+
+    def run() -> None:
+        with Background(2) as background:
+            try:
+                background.submit(1, print, fail)
+                background.finish()
+            finally:
+                with pytest.raises(RuntimeError, match="earlier work has failed"):
+                    background.finish()
+
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            run()
+        except ZeroDivisionError:
+            assert seen[0]() is not None
+        assert seen[0]() is None
+    finally:
+        gc.enable()

@@ -51,11 +51,11 @@ def test_timing_is_the_settings() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_run_that_ends_early_is_shown_as_far_as_it_came(count: int, tmp_path: Path) -> None:
-    with Background() as background:
-        with Reel(Settings(hold_last=1.0), SIGMAS, "text", background, tmp_path / "a.gif", True) as reel:
-            for i, frame in enumerate(frames(count)):
-                assert reel.add(frame, i, None) is frame
-            sheet = reel.finish()
+    settings = Settings(hold_last=1.0)
+    with Background() as background, Reel(settings, SIGMAS, "text", background, tmp_path / "a.gif", True) as reel:
+        for i, frame in enumerate(frames(count)):
+            assert reel.add(frame, i, None) is frame
+        sheet = reel.finish()
     assert durations(tmp_path / "a.gif") == [100] * (count - 1) + [1100]
     assert sheet.tobytes() == render.contact_sheet(frames(count), [render.sigma_text(s) for s in SIGMAS]).tobytes()
 
@@ -76,11 +76,11 @@ def test_captions_are_on_the_animation_and_not_on_the_sheet(tmp_path: Path) -> N
 
 def test_a_long_sheet_is_thinned(tmp_path: Path) -> None:
     count = 3 * render.SHEET_FRAMES
-    with Background() as background:
-        with Reel(Settings(), [float(i) for i in range(count)], "", background, None, True) as reel:
-            for frame in frames(count):
-                reel.add(frame, 1, None)
-            sheet = reel.finish()
+    sigmas = [float(i) for i in range(count)]
+    with Background() as background, Reel(Settings(), sigmas, "", background, None, True) as reel:
+        for frame in frames(count):
+            reel.add(frame, 1, None)
+        sheet = reel.finish()
     thumbnails = [f for i, f in enumerate(frames(count)) if i % 3 == 2]
     captions = [render.sigma_text(i) for i in range(count) if i % 3 == 2]
     assert sheet.tobytes() == render.contact_sheet(thumbnails, captions).tobytes()
@@ -91,3 +91,15 @@ def test_what_is_not_finished_leaves_nothing(tmp_path: Path) -> None:
         for frame in frames(3):
             reel.add(frame, 1, None)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("side", "captions", "named"), [(96, False, True), (95, False, False), (60, True, True)])
+def test_the_pictures_of_a_panel_are_named_where_there_is_room(side: int, captions: bool, named: bool) -> None:
+    parts = [Image.new("RGB", (side, side), (80 + 30 * i,) * 3) for i in range(3)]
+    settings = Settings(mode="invert", panel=True, captions=captions)
+    panel = render.beside(parts)
+    with Background() as background, Reel(settings, SIGMAS, "", background, None, False) as reel:
+        clean, noisy = reel.add(panel, None, None), reel.add(panel, 3, None)
+    middle = render.caption(3, 0.1, None, "invert") if captions else ["the noisy latent"]
+    wanted = render.captioned_panel(panel, [["source"], middle, ["what the model sees in it"]])
+    assert noisy.tobytes() == (wanted if named else panel).tobytes() and (clean.tobytes() != panel.tobytes()) == named

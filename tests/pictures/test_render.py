@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from lib_unsampler.core.noising import blend
 from lib_unsampler.pictures.render import (
     ACCENT,
     INK,
+    beside,
     caption,
     captioned,
+    captioned_panel,
     contact_sheet,
     in_chunks,
     sigma_curve,
@@ -156,7 +159,7 @@ def test_chunks_are_pulled_only_as_they_are_needed() -> None:
 
     def source() -> Iterator[int]:
         nonlocal pulled
-        for pulled in range(1, 100):
+        for pulled in range(1, 100):  # noqa: UP028 (the test reads pulled)
             yield pulled
 
     stream = in_chunks(source(), limited(8, []), 4)
@@ -192,3 +195,63 @@ def test_what_captions_say() -> None:
     assert caption(None, 0.0, None, "shared") == ["source", "sigma 0"]
     assert caption(3, 14.6146, 999.0, "path") == ["step 3", "sigma 14.6", "t 999", "path"]
     assert caption(3, 0.5, None, "path") == ["step 3", "sigma 0.5", "path"]
+
+
+def texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, float, float]]:
+    """Every text that is written from now on, with its left, right and top."""
+    written: list[tuple[str, float, float, float]] = []
+    own = ImageDraw.ImageDraw.text
+
+    def noted(self: ImageDraw.ImageDraw, at: tuple[float, float], text: str, **options: Any) -> None:
+        left, _, right, _ = options["font"].getbbox(text)
+        written.append((text, at[0], at[0] + right - left, at[1]))
+        own(self, at, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    return written
+
+
+def test_labels_sit_on_their_ticks_and_words_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = texts(monkeypatch)
+    schedule = torch.cat([torch.logspace(1, -1, 21), torch.zeros(1)])
+    boxes = sorted(regions(sigma_curve(schedule, range(0, 21, 3)), ACCENT), key=lambda b: b[1].start)
+    middles = [(b[1].start + b[1].stop) / 2 for b in boxes]
+    labels = {text: (left + right) / 2 for text, left, right, _ in written if text.isdigit()}
+    for index, middle in zip(range(0, 21, 3), middles):
+        assert abs(labels[str(index)] - middle) <= 1, index
+    assert any(text == "sigma of each step; 7 levels kept" for text, *_ in written)
+    sigma_curve(schedule, [4])
+    assert any(text == "sigma of each step; 1 level kept" for text, *_ in written)
+
+
+def test_the_curve_has_no_steps() -> None:
+    """Along its lower edge the grey of a smooth line changes little by little: many shades, not two."""
+    page = np.asarray(sigma_curve(torch.logspace(1, 0.8, 5), ()))
+    assert len(np.unique(page[60:340, 100:600].reshape(-1, 3), axis=0)) > 12
+
+
+@pytest.mark.parametrize("size", [(160, 120), (96, 72), (64, 48), (48, 64), (32, 24), (24, 24)], ids=str)
+def test_no_letter_of_a_caption_is_cut_off(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    pasted: list[tuple[int, int, int, int]] = []
+    own = Image.Image.paste
+
+    def noted(self: Image.Image, im: Any, box: Any = None, mask: Any = None) -> None:
+        if mask is not None:
+            pasted.append((*box, box[0] + mask.width, box[1] + mask.height))
+        own(self, im, box, mask)
+
+    monkeypatch.setattr(Image.Image, "paste", noted)
+    page = captioned(Image.new("RGB", size, (90, 90, 90)), caption(17, 3.21, 801.2, "independent"))
+    assert pasted and all(box[0] >= 0 and box[1] >= 0 and box[2] <= size[0] and box[3] <= size[1] for box in pasted)
+    rows = (np.asarray(page) != 90).any(-1).any(1)
+    assert min(size) < 48 or rows.sum() <= size[1] // 2 + 1
+
+
+def test_a_panel_is_captioned_picture_by_picture() -> None:
+    parts = [Image.new("RGB", (120, 90), (90 + 20 * i,) * 3) for i in range(3)]
+    words = [["source"], ["step 3", "sigma 2"], ["what the model sees in it"]]
+    page = captioned_panel(beside(parts), words)
+    assert page.size == (360, 90)
+    for number, (part, pieces) in enumerate(zip(parts, words)):
+        box = (120 * number, 0, 120 * number + 120, 90)
+        assert page.crop(box).tobytes() == captioned(part, pieces).tobytes() != part.tobytes()

@@ -30,7 +30,7 @@ from lib_unsampler.settings import SAMPLERS, allowed, surface_fields
 from lib_unsampler.standalone import running
 from lib_unsampler.standalone.cli import main, make_parser
 from lib_unsampler.standalone.embedded import GaussianPrior, make_model
-from lib_unsampler.standalone.running import load_mask, load_picture
+from lib_unsampler.standalone.reading import load_mask, load_picture
 from lib_unsampler.standalone.sampling import STOCHASTIC, get_sigmas
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,10 +159,10 @@ def test_outside_the_mask_everything_is_the_source(soft: bool, picture: Path, ha
     saved, m = trajectory.load(tmp_path / "t.safetensors"), load_mask(half_mask, 24, 32)
     n = torch.randn(saved.source.shape[1:], generator=torch.Generator().manual_seed(0))
     whole = torch.stack([saved.source + n * s for s in saved.sigmas])
-    torch.testing.assert_close(saved.z, m * whole + (1 - m) * saved.source)
+    torch.testing.assert_close(saved.z, whole)
+    assert torch.equal(saved.mask, m)
     out, inside = (m[0, 0] == 0), (m[0, 0] == 1)
     assert out.any() and inside.any()
-    assert torch.equal(saved.z[..., out], saved.source.expand_as(saved.z)[..., out])
     assert torch.equal(saved.latent, whole[-1])  # a model must not see a clean border
     for one, other in zip(sorted((tmp_path / "f").iterdir()), sorted((tmp_path / "whole").iterdir())):
         assert torch.equal(pixels(one)[out], pixels(picture)[out])
@@ -296,7 +296,7 @@ def test_an_inversion_sees_no_mask_and_its_frames_do(picture: Path, half_mask: P
     masked, whole, frames = tmp_path / "m.safetensors", tmp_path / "w.safetensors", tmp_path / "frames"
     run(picture, *INVERT, *SHORT, "--latents", masked, "--mask", half_mask, "--frames", frames, "--view", "raw")
     run(picture, *INVERT, *SHORT, "--latents", whole)
-    assert torch.equal(trajectory.load(masked).handoff, trajectory.load(whole).z[-1])
+    assert torch.equal(trajectory.load(masked).z[-1], trajectory.load(whole).z[-1])
     for frame in frames.iterdir():
         assert torch.equal(pixels(frame)[:, :16], pixels(picture)[:, :16])
 
@@ -304,6 +304,24 @@ def test_an_inversion_sees_no_mask_and_its_frames_do(picture: Path, half_mask: P
 def test_a_sampler_that_is_inverted_as_another_is_named(picture: Path, tmp_path: Path, capsys: Capture) -> None:
     run(picture, "--mode", "invert", *SHORT, "--sampler", "dpmpp_sde", "--latents", tmp_path / "t.safetensors")
     assert "unsampler: dpmpp_sde adds noise at each step" in capsys.readouterr().err
+
+
+def test_what_was_inverted_as_another_sampler_comes_back_by_it(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Euler a is inverted as Euler: sampled back by Euler a the picture would be lost (9.9 dB)."""
+    there, back, again, other = (tmp_path / n for n in ("t.safetensors", "back.png", "again.png", "other.png"))
+    invert = ("--mode", "invert", "--steps", 10)
+    run(picture, *invert, "--sampler", "euler_ancestral", "--resample", back, "--latents", there)
+    assert torch.equal(pixels(back), pixels(picture))
+    said = capsys.readouterr().err
+    assert "euler_ancestral adds noise at each step: inverted (exact) as euler, and sampled back by euler" in said
+    run("--resume", there, "--resample", again)
+    assert torch.equal(pixels(again), pixels(picture))
+    assert "euler_ancestral was inverted as euler, and is sampled back by it" in capsys.readouterr().err
+    run("--resume", there, "--resample", other, "--sampler", "euler_ancestral")
+    assert "'euler_ancestral' is not 'euler', which was inverted: the picture will not come back" in (
+        capsys.readouterr().err
+    )
+    assert not torch.equal(pixels(other), pixels(picture))
 
 
 def test_what_did_not_converge_is_named(picture: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -493,7 +511,7 @@ BAD_VALUES = [
 def test_a_bad_value_is_answered_with_what_is_allowed(flag: str, value: str, picture: Path, capsys: Capture) -> None:
     name = flag[2:].replace("-", "_")
     (f,) = (f for f in surface_fields("cli") if f.name == name)
-    assert refused(capsys, picture, "-o", "x.gif", flag, value) == f"{name}: {value!r} is not {allowed(f)}"
+    assert refused(capsys, picture, "-o", "x.gif", flag, value) == f"{flag}: {value!r} is not {allowed(f)}"
 
 
 def test_everything_wrong_comes_at_once(capsys: Capture) -> None:
@@ -510,6 +528,10 @@ def make_broken(tmp_path: Path) -> None:
     paths["cut.png"].write_bytes(whole[: len(whole) // 2])
     paths["empty.png"].touch()
     paths["a folder"].mkdir()
+    for link in ("loop", "loop.png"):
+        (tmp_path / link).symlink_to(tmp_path / link)
+    (tmp_path / "users").mkdir()
+    Image.new("RGB", (3, 2)).save(tmp_path / "users" / "00000_sigma_0.0000.png")
     paths["plain"].write_text("a file")
     save_file({"z": torch.zeros(1)}, paths["f.safetensors"])
 
@@ -537,7 +559,25 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "animation ending": ((PICTURE, "-o", "x.avi"), "x.avi does not end in .gif or .webp or .apng or .png or .mp4"),
     "png ending": ((PICTURE, "--resample", "x.jpg"), "x.jpg does not end in .png"),
     "file ending": ((PICTURE, "--latents", "x.pt"), "x.pt does not end in .safetensors"),
-    "file is a folder": ((PICTURE, "-o", "a folder"), "a folder is a folder, not a file"),
+    "several into one file": ((PICTURE, "in/b.png", "-o", "x.gif"), "-o: 2 pictures do not go into one file; x.gif/"),
+    "no ending": ((PICTURE, "-o", "x"), "-o: x does not end in .gif or .webp or .apng or .png or .mp4, nor in /"),
+    "format of a file": ((PICTURE, *GIF, "--format", "webp"), "--format: webp is not what x.gif ends in"),
+    "inside a file": ((PICTURE, *GIF, "--sheet", "x.gif/s.png"), "--sheet: x.gif/s.png lies inside the file of -o"),
+    "a frame's name": (
+        (PICTURE, "--frames", "f", "--sheet", "f/00000_sigma_0.0000.png"),
+        "--sheet: f/00000_sigma_0.0000.png has the name of a frame",
+    ),
+    "a long name": ((PICTURE, *GIF, "--curve", "n" * 300 + ".png"), "File name too long"),
+    "a loop of links": ((PICTURE, *GIF, "--curve", "loop/x.png"), "--curve: loop/x.png: Too many levels"),
+    "a link to itself": ((PICTURE, *GIF, "--curve", "loop.png"), "--curve: loop.png: Too many levels"),
+    "cfg below 0": (
+        (PICTURE, "--resample", "x.png", "--resample-cfg", "-0.5"),
+        "--resample-cfg: '-0.5' is not -1 or a",
+    ),
+    "not our frame": (
+        (PICTURE, "--frames", "users", "--steps", "1"),
+        "users/00000_sigma_0.0000.png was not written by this program; name another folder",
+    ),
     "folder is a file": ((PICTURE, "--frames", "plain"), "plain is a file, where a folder is needed"),
     "folder for many is a file": ((PICTURE, "in", "-o", "plain"), "plain is a file, where a folder is needed"),
     "below a file": ((PICTURE, "-o", "plain/x.gif"), "plain/x.gif cannot be made"),
@@ -558,7 +598,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "nothing to resume": (("--resume", "no", *GIF), "no: no such file"),
     "foreign file": (("--resume", "f.safetensors", *GIF), "f.safetensors: a safetensors file, but not a Batch"),
     "resuming text": (("--resume", "plain", *GIF), "plain: not a readable trajectory"),
-    "resume with a picture": ((PICTURE, "--resume", "x", *GIF), "pictures: does not go with --resume"),
+    "resume with a picture": ((PICTURE, "--resume", "x", *GIF), "PICTURE: does not go with --resume"),
     "resume with other noise": (("--resume", "x", *GIF, "--noise", "path"), "noise: is what the resumed"),
     "resume to itself": (("--resume", "x", "--latents", "y.safetensors"), "latents: the resumed"),
 }
@@ -596,7 +636,7 @@ ODD: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], None], str]] 
     "batch": (two_images, "not one picture's"),
     "video": (lambda t, m: t.update(z=t["z"].unsqueeze(3), source=t["source"].unsqueeze(2)), "not one picture's"),
     "sigmas": (lambda t, m: t.update(sigmas=t["sigmas"] * 0.5), "t.safetensors: "),
-    "newer": (lambda t, m: m.update(version="2"), "newer"),
+    "newer": (lambda t, m: m.update(version="3"), "newer"),
 }
 
 
@@ -606,7 +646,7 @@ def test_resuming_an_odd_trajectory_is_one_line(case: str, picture: Path, tmp_pa
     run(picture, "--latents", path, *SHORT)
     capsys.readouterr()
     with safe_open(path, framework="pt") as file:
-        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
     damage(tensors, metadata)
     save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata)
     assert said in refused(capsys, "--resume", path, "-o", tmp_path / "x.gif", "--resample", tmp_path / "x.png")

@@ -200,7 +200,7 @@ def test_masked_denoiser_is_the_source_outside() -> None:
     assert torch.equal(got[~inside], source[~inside]) and torch.equal(got[inside], sea(z, sigma)[inside])
 
 
-@pytest.mark.parametrize("label", [k for k in LABELS])
+@pytest.mark.parametrize("label", list(LABELS))
 def test_prompts_are_gradients_between_their_two_colours(label: str) -> None:
     top, bottom = (torch.tensor(c) for c in LABELS[label])
     picture = label_picture(f" {label.upper()} ", 7, 3)

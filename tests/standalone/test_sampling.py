@@ -3,17 +3,22 @@ closed-form solution at their order, stochastic ones are right in distribution a
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
-from lib_unsampler.settings import SAMPLERS, SCHEDULERS
+from lib_unsampler.core.noising import SeededDraws, walk
+from lib_unsampler.core.schedule import levels
+from lib_unsampler.settings import SAMPLERS, SCHEDULERS, parse
 from lib_unsampler.standalone import sampling
 from lib_unsampler.standalone.embedded import GaussianPrior, make_model
+from lib_unsampler.standalone.onward import first_draw
 from lib_unsampler.standalone.sampling import STOCHASTIC, check_sampler, get_sigmas, kd, sample
 
 PREDICTIONS = ("eps", "flow")
@@ -170,6 +175,42 @@ def test_vp_is_refused_on_flow() -> None:
 def test_stochastic_samplers_are_refused_on_flow_only(sampler: str) -> None:
     check_sampler(sampler, "eps")
     if sampler not in STOCHASTIC:
-        return check_sampler(sampler, "flow")
+        check_sampler(sampler, "flow")
+        return
     with pytest.raises(ValueError, match=f"^sampler: '{sampler}' adds noise"):
         check_sampler(sampler, "flow")
+
+
+# What is sampled behind the noise
+
+
+def correlations(sampler: str, kind: str, end: int = 0) -> float:
+    """The largest correlation between the noises that made z and those that sampling from it adds."""
+    shape, steps, seed = (3, 48, 48), 8, 9
+    plan = levels(get_sigmas("karras", steps, "eps"), end)
+    made: list[Tensor] = []
+    draws = SeededDraws((seed,), shape)
+    *_, (_, z) = walk(torch.zeros(1, *shape), plan, lambda j: made.append(draws(j)) or made[-1], kind, "eps")
+    settings = parse({"noise": kind, "sampler": sampler, "steps": steps, "end_at_step": end}, "cli")
+    added: list[Tensor] = []
+    own = sampling.function(sampler)
+
+    def watched(*args: object, noise_sampler: Callable[..., Tensor], **options: object) -> Tensor:
+        return own(*args, noise_sampler=lambda *at: added.append(noise_sampler(*at)) or added[-1], **options)
+
+    watched.__signature__ = inspect.signature(own)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "function", lambda _: watched)
+        first = first_draw(settings, plan.schedule, plan.kept[-1])
+        sample(lambda x, s: 0 * x, z, plan.schedule[end:], sampler, (seed,), first)
+    assert len(made) == (1 if kind == "shared" else steps - end) and len(added) >= steps - end - 1
+    unit = [torch.stack([t.flatten() / t.norm() for t in ts]) for ts in (made, added)]
+    return float((unit[0] @ unit[1].T).abs().max())
+
+
+@pytest.mark.parametrize("end", [0, 3])
+@pytest.mark.parametrize("kind", ["shared", "independent", "path"])
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_sampling_uses_no_noise_that_made_z(sampler: str, kind: str, end: int) -> None:
+    """Six standard errors of a correlation; the draws themselves would have 1."""
+    assert correlations(sampler, kind, end) < 6 / (3 * 48 * 48) ** 0.5

@@ -42,13 +42,22 @@ SAME_SIGNATURE = {
         "StableDiffusionProcessingImg2Img.sample",
         "StableDiffusionProcessing.save_samples",
         "StableDiffusionProcessing.comment",
+        "StableDiffusionProcessing.close",
     ],
     "rng.py": ["ImageRNG.__init__", "ImageRNG.first", "ImageRNG.next", "randn", "slerp", "create_generator"],
     "sd_samplers.py": ["create_sampler"],
     "sd_samplers_common.py": ["setup_img2img_steps"],
     "sd_samplers_kdiffusion.py": ["KDiffusionSampler.get_sigmas", "KDiffusionSampler.sample_img2img"],
     "sd_samplers_timesteps.py": ["CompVisSampler.get_timesteps", "CompVisSampler.sample_img2img"],
-    "scripts.py": ["Script.title", "Script.ui", "Script.show", "Script.process", "Script.postprocess"],
+    "scripts.py": [
+        "Script.title",
+        "Script.ui",
+        "Script.show",
+        "Script.process",
+        "Script.postprocess_image",
+        "Script.postprocess",
+        "ScriptRunner.postprocess_image",
+    ],
 }
 """Functions whose double has the host's parameters. The double keeps two host files in one here and there."""
 
@@ -59,7 +68,7 @@ DOUBLE_OF = {
 
 OWN_FACTS = {
     "xi = x + noise * sigma_sched[0]": "sd_samplers_kdiffusion.py",
-    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)": "sd_samplers_kdiffusion.py",
+    "xi = self.model_wrap.predictor.noise_scaling(sigma_sched[0], noise, x, max_denoise=False)": "sd_samplers_kdiffusion.py",  # noqa: E501
 }
 """The start state: each host says one of these."""
 
@@ -73,11 +82,24 @@ FACTS = {
         "xi += noise * opts.img2img_extra_noise",
     ],
     "sd_samplers_timesteps.py": ["alphas_cumprod = shared.sd_model.alphas_cumprod"],
+    "sd_samplers_common.py": [
+        "step = d['i']",
+        "state.sampling_step = step",
+        "state.sampling_steps = steps",
+        "s_churn = getattr(opts, 's_churn', p.s_churn)",
+        "self.rng = p.rng",
+    ],
+    "sd_samplers_cfg_denoiser.py": ["state.sampling_step, state.sampling_steps,", "self.step += 1"],
+    "progress.py": ["progress += job_no / job_count", "progress += 1 / job_count * sampling_step / sampling_steps"],
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
+        "def process_images(p: StableDiffusionProcessing)",
+        "res = process_images_inner(p)",
         "save_samples = p.save_samples(",
         "p.batch_index = i",
         "p.height // opt_f, p.width // opt_f)",
+        "opt_f = 8",
+        "image = images.flatten(img, opts.img2img_background_color)",
         "p.seeds, subseeds=p.subseeds, subseed_strength=p.subseed_strength, seed_resize_from_h=p.seed_resize_from_h, "
         "seed_resize_from_w=p.seed_resize_from_w)",
         "x = self.rng.next()",
@@ -87,7 +109,12 @@ FACTS = {
         '"extra_generation_params": self.extra_generation_params,',
     ],
     "rng.py": ["self.generators = [create_generator(seed + eta_noise_seed_delta) for seed in self.seeds]"],
-    "images.py": ["if shared.opts.save_images_replace_action != 'Replace':", "self.p.batch_index + 1"],
+    "images.py": [
+        "if shared.opts.save_images_replace_action != 'Replace':",
+        "self.p.batch_index + 1",
+        "temp_file_path = f'{filename_without_extension}.tmp'",
+        "image.already_saved_as = fullfn",
+    ],
     "scripts.py": ["script_index = args[0]", "script = self.selectable_scripts[script_index-1]"],
     "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image):", "textinfo = None"],
     "ui_components.py": ['"elem_id": f"{self.accordion_id}-checkbox",'],

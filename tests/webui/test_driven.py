@@ -144,6 +144,73 @@ def test_a_stochastic_sampler_is_mapped_with_a_message(host: SimpleNamespace, sa
     assert any(f"as {kin}" in text for text in processed.extra_generation_params["Unsampler messages"])
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2"])
+def test_churn_is_remarked_as_noise_at_each_step_is(host: SimpleNamespace, sampler: str) -> None:
+    """s_churn (Settings) makes these samplers stochastic: the inversion leaves it out and says so each time."""
+    fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": 1}
+    settings = {"mode": "invert", "output": ["init"], "report": True}
+    p, _ = host.run(settings, **fields)
+    assert decibels(p.latest_samples, p.init_latent) > 80 and not any("noise" in text for text in p.comments)
+    host.shared.opts.s_churn = 2.0
+    for _ in range(2):  # the second time what was inverted is taken again
+        p, processed = host.run(settings, **fields)
+        name = sampler.lower().replace("dpm2", "dpm_2")
+        (said,) = [text for text in p.comments if f"{name} with s_churn 2 adds noise at each step" in text]
+        assert said in processed.extra_generation_params["Unsampler messages"]
+    report = processed.extra_generation_params["Unsampler images"][0]
+    assert report["latents dB"] == pytest.approx(decibels(p.latest_samples, p.init_latent), abs=1e-3)
+    assert report["latents dB"] < 40
+
+
+def test_churn_that_never_acts_is_not_remarked(host: SimpleNamespace) -> None:
+    host.shared.opts.s_churn, host.shared.opts.s_tmin = 2.0, 20.0
+    p, _ = host.run({"mode": "invert", "output": ["init"]}, denoising_strength=1.0, cfg_scale=1)
+    assert not p.comments and decibels(p.latest_samples, p.init_latent) > 80
+
+
+@pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2S a", "DPM++ SDE", "Heun", "DPM++ 2M"])
+def test_a_report_samples_exactly_as_img2img_will(host: SimpleNamespace, sampler: str) -> None:
+    """By its own sampler, options, draws and mask: the report's figure is the picture's, and draws nothing from it."""
+    nmask = torch.zeros(1, 1, 8, 8)
+    nmask[..., :4] = 1
+    fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": 1, "eta": 0.7, "batch_size": 2}
+    for masked in ({}, {"nmask": nmask, "mask": 1 - nmask}):
+        settings = {"mode": "invert", "output": ["init"], "solver": "reverse"}
+        alone, _ = host.run(settings, **fields, **masked)
+        p, processed = host.run({**settings, "report": True}, **fields, **masked)
+        assert torch.equal(p.latest_samples, alone.latest_samples)
+        for image, report in enumerate(processed.extra_generation_params["Unsampler images"]):
+            figure = decibels(p.latest_samples[image], p.init_latent[image])
+            assert report["latents dB"] == pytest.approx(figure, abs=1e-3), (sampler, masked)
+
+
+def test_a_report_of_a_stochastic_sampler_is_of_its_seed(host: SimpleNamespace) -> None:
+    settings = {"mode": "invert", "output": ["frames"], "report": True}
+    figures = []
+    for seed in (5, 6, 5):
+        _, processed = host.run(settings, sampler_name="Euler a", denoising_strength=1.0, seed=seed)
+        figures.append(processed.extra_generation_params["Unsampler images"][0]["latents dB"])
+    assert figures[0] == figures[2] != figures[1]
+
+
+def test_a_model_with_two_answers_is_refused_before_anything_is_saved(
+    host: SimpleNamespace, calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token merging draws its tokens anew at each model call."""
+    from modules import sd_samplers_cfg_denoiser
+
+    forward = sd_samplers_cfg_denoiser.CFGDenoiser.forward
+
+    def merging(self: Any, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+        return forward(self, x, sigma, **args) + 0.02 * sigma.max() * torch.sin(torch.arange(8) * 1.0 * len(calls))
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", merging)
+    with pytest.raises(HTTPException, match="model: asked the same twice it gives two answers") as refused:
+        host.run({"mode": "replay", "output": ["init", "latents"]}, sampler_name="Euler a", denoising_strength=1.0)
+    assert refused.value.status_code == 422 and len(calls) == 2
+    assert not host.out.exists() or not any(host.out.iterdir())
+
+
 @pytest.mark.parametrize("mode", ["invert", "replay"])
 @pytest.mark.parametrize(
     ("fields", "named"),
@@ -181,16 +248,16 @@ def test_interrupt_leaves_what_was_reached_and_no_trace(host: SimpleNamespace, m
     plain, _ = host.run(sampler_name="Euler")
     reset_state(host.shared.state)
     p = host.make(({**INVERT, "output": ["frames", "init"]},))
-    from lib_unsampler.webui.host.progress import Progress
+    from lib_unsampler.webui.host.progress import Mirrored
 
-    at = Progress.at
+    at = Mirrored.at
 
     def stop_at_three(self: Any, number: int, text: str) -> None:
         at(self, number, text)
         if number == 3:
             host.shared.state.interrupted = True
 
-    monkeypatch.setattr(Progress, "at", stop_at_three)
+    monkeypatch.setattr(Mirrored, "at", stop_at_three)
     host.processing.process_images(p)
     assert not {"init", "sample", "save_samples", "batch_unsampler"} & set(vars(p))
     assert "sample_img2img" not in vars(p.sampler)
@@ -242,8 +309,8 @@ def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: 
     settings = {"mode": "replay", "output": ["init"], "cfg": 3, "positive": "a cat"}
     p, _ = host.run(settings, sampler_name="Euler a", cfg_scale=3, prompt="a dog", denoising_strength=1.0)
     assert 0 < decibels(p.latest_samples, p.init_latent) < 100
-    assert len(calls) == 16  # as many as the sampler makes, each way
-    assert [c.prompts[0] for c in calls] == ["a cat"] * 8 + ["a dog"] * 8
+    assert len(calls) == 17  # as many as the sampler makes, each way, and the first again: the same answer?
+    assert [c.prompts[0] for c in calls] == ["a cat"] * 9 + ["a dog"] * 8
 
 
 def test_nothing_of_a_replay_is_left(host: SimpleNamespace) -> None:
@@ -265,7 +332,7 @@ def test_skip_keeps_more_and_the_source_stays_exact(host: SimpleNamespace, calls
     assert kept(0, "a dog") < kept(3, "a dog") < kept(6, "a dog")
     calls.clear()
     kept(3, "a dog")
-    plain = [c.step for c in calls[len(calls) // 2 :]]
+    plain = [c.step for c in calls[-(len(calls) // 2) :]]
     assert plain[0] == (6 if sampler == "DPM++ SDE" else 3)  # where prompt editing is then
 
 
@@ -280,7 +347,7 @@ def test_a_panel_shows_source_z_and_what_the_model_sees(host: SimpleNamespace, c
 
 
 def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: list[Call]) -> None:
-    p, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
+    _, processed = host.run({**INVERT, "output": ["frames"]}, batch_size=2, n_iter=2)
     told = processed.extra_generation_params["Unsampler inversion"]
     assert len(told) == 2 and [level["step"] for level in told[0]] == [7, 6, 5, 4, 3, 2, 1, 0]
     assert all(len(level["residual"]) == len(level["calls"]) == 2 and all(level["converged"]) for level in told[0])
@@ -288,7 +355,7 @@ def test_the_reply_tells_what_the_inversion_cost(host: SimpleNamespace, calls: l
 
 
 def test_what_does_not_converge_is_named(host: SimpleNamespace) -> None:
-    p, processed = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
+    p, _ = host.run({**INVERT, "output": ["frames"], "max_calls": 1})
     assert any("not converged" in text and "step" in text for text in p.comments)
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 
 def test_frames_come_in_order_with_the_animation_first(host: SimpleNamespace) -> None:
-    p, processed = host.run({}, batch_size=2)
+    _, processed = host.run({}, batch_size=2)
     notes = processed.extra_generation_params["Unsampler images"]
     assert [n["kind"] for n in notes] == ["animation"] * 2 + ["frame"] * 18
     assert len(processed.images) == len(processed.infotexts) == len(notes)
@@ -131,7 +131,7 @@ def test_a_batch_is_its_single_runs(host: SimpleNamespace, noise: str) -> None:
 def test_draws_continue_the_seed_s_stream_with_ensd_and_multiplier(host: SimpleNamespace) -> None:
     host.shared.opts.eta_noise_seed_delta = 31337
     settings = {"output": ["latents"], "noise": "independent"}
-    p, processed = host.run(settings, initial_noise_multiplier=1.07)
+    _, processed = host.run(settings, initial_noise_multiplier=1.07)
     host.shared.opts.eta_noise_seed_delta = 0
     saved = latents_of(processed)[0]
     later = torch.Generator().manual_seed(5 + 31337)
@@ -244,9 +244,13 @@ def test_global_generators_are_left_as_found(host: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("noise", ["shared", "independent", "path"])
-def test_the_sampler_s_own_draws_are_not_consumed(host: SimpleNamespace, noise: str) -> None:
+def test_the_sampler_s_own_draws_are_those_behind_z(host: SimpleNamespace, noise: str) -> None:
+    """Shared noise is img2img's own first draw; of the other kinds each level has one, and those come before."""
     plain = host.run(sampler_name="Euler a")[0]
-    ours = host.run({"output": ["init", "frames"], "noise": noise}, sampler_name="Euler a")[0]
+    ours, processed = host.run({"output": ["init", "frames"], "noise": noise}, sampler_name="Euler a")
+    if noise != "shared":
+        for _ in processed.extra_generation_params["Unsampler sigmas"][1:]:
+            plain.rng.next()
     states = [p.rng.generators[0].get_state() for p in (plain, ours)]
     assert torch.equal(*states)
     assert torch.equal(ours.latest_samples, plain.latest_samples) == (noise == "shared")
@@ -324,10 +328,11 @@ def test_masked_frames_keep_the_source_outside(host: SimpleNamespace) -> None:
     mask[..., 4:] = 1
     overlay = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     settings = {"output": ["frames", "latents"]}
-    p, processed = host.run(settings, nmask=mask, mask=1 - mask, overlay_images=[overlay])
+    _, processed = host.run(settings, nmask=mask, mask=1 - mask, overlay_images=[overlay])
     saved = latents_of(processed)[0]
-    assert torch.equal(saved.z[..., :4], saved.source[None, ..., :4].expand(8, -1, -1, -1, -1))
-    assert not torch.equal(saved.latent[..., :4], saved.source[..., :4])
+    assert torch.equal(saved.mask, mask) and not torch.equal(saved.latent[..., :4], saved.source[..., :4])
+    whole = latents_of(host.run(settings)[1])[0]
+    assert torch.equal(saved.z, whole.z)  # a file holds what a sampler can go on from
     left = [image.crop((0, 0, 32, 64)).tobytes() for image in processed.images]
     assert len(set(left)) == 1
 
@@ -339,7 +344,7 @@ def test_only_masked_frames_are_put_back_into_the_whole_picture(host: SimpleName
     overlay = photo.convert("RGBA")
     overlay.paste((0, 0, 0, 0), hole)
     fields = dict(paste_to=(40, 32, 64, 64), overlay_images=[overlay] * 2, batch_size=2, n_iter=2)
-    p, processed = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
+    _, processed = host.run({"output": ["frames"], "view": view}, init_images=[photo.crop(hole)], **fields)
     assert len(processed.images) == 9 * 4
     for picture in processed.images:
         assert picture.size == (160, 120)
@@ -357,11 +362,11 @@ def test_a_soft_mask_mixes_and_leaves_init_alone(host: SimpleNamespace) -> None:
     seen: list[torch.Tensor] = []
     restore = record_start(host, seen)
     settings = {"output": ["init", "latents"], "noise": "path"}
-    ours, processed = host.run(settings, nmask=mask, mask=1 - mask)
+    _, processed = host.run(settings, nmask=mask, mask=1 - mask)
     restore()
     saved = latents_of(processed)[0]
-    assert torch.equal(saved.handoff, seen[0])
-    assert torch.equal(saved.z[-1], mask * seen[0] + (1 - mask) * saved.source)
+    assert torch.equal(saved.latent, seen[0]) and torch.equal(saved.z[-1], seen[0])
+    assert torch.equal(saved.mask, mask)
     plain = host.run(nmask=mask, mask=1 - mask)[0]
     shared = host.run({"output": ["init", "frames"]}, nmask=mask, mask=1 - mask)[0]
     assert torch.equal(shared.latest_samples, plain.latest_samples)
@@ -550,8 +555,7 @@ def test_a_time_axis_of_one_is_a_picture_and_longer_is_refused(
     monkeypatch.setattr(host.processing, "encode", lambda p: encode(p)[:, :, None].expand(-1, -1, times, -1, -1))
 
     def decoded(model: Any, batch: torch.Tensor, **more: Any) -> list[torch.Tensor]:
-        frames = [torch.stack(decode(model, z.movedim(1, 0), **more)) for z in batch]
-        return frames
+        return [torch.stack(decode(model, z.movedim(1, 0), **more)) for z in batch]
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", decoded)
     if times > 1:
@@ -601,7 +605,7 @@ def test_unticked_or_positional(host: SimpleNamespace) -> None:
 def test_the_accordion_is_made_of_the_settings(host: SimpleNamespace) -> None:
     import gradio as gr
 
-    from lib_unsampler.settings import Settings, parse_args, surface_fields
+    from lib_unsampler.settings import Settings, help_on, parse_args, surface_fields
 
     with gr.Blocks():
         controls = host.script.ui(True)
@@ -609,7 +613,7 @@ def test_the_accordion_is_made_of_the_settings(host: SimpleNamespace) -> None:
     assert len(controls) == len(known) + 1
     for control, f in zip(controls[1:], known):
         assert control.elem_id == f"batch_unsampler_{f.name}"
-        assert control.label == f.metadata["label"] and control.info == f.metadata["help"]
+        assert control.label == f.metadata["label"] and control.info == help_on(f, "host")
         assert getattr(control, "minimum", None) == f.metadata["minimum"]
         assert getattr(control, "maximum", None) == f.metadata["maximum"]
     assert len({control.elem_id for control in controls}) == len(controls)
@@ -624,7 +628,7 @@ def test_pasted_parameters_set_every_control(host: SimpleNamespace) -> None:
     with gr.Blocks():
         controls = host.script.ui(True)
     wanted = {"output": ["animation", "init"], "end_at_step": 3, "noise": "path", "normalize": True, "duration": 0.25}
-    p, processed = host.run({**wanted, "include_clean": False})
+    _, processed = host.run({**wanted, "include_clean": False})
     pairs = processed.infotexts[0].splitlines()[1].replace("animation, init", "animation; init").split(", ")
     params = {k: v.replace(";", ",") for k, v in (pair.split(": ", 1) for pair in pairs)}
     read = {control.elem_id: function(params) for control, function in host.script.infotext_fields}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,7 +185,7 @@ def test_a_host_that_changes_what_it_saves_changes_nothing_else(
 
 
 @pytest.fixture
-def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def alive(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many decoded pictures are alive, each time that more are made."""
     made: list[weakref.ref[Image.Image]] = []
     counts: list[int] = []
@@ -198,7 +198,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return pictures
 
     monkeypatch.setattr(render, "to_pictures", watched)
-    yield counts
+    return counts
 
 
 def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) -> None:
@@ -211,7 +211,7 @@ def test_a_long_run_holds_few_frames(host: SimpleNamespace, alive: list[int]) ->
 def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lib_unsampler.webui import extension
+    from lib_unsampler.webui import showing
 
     plain = host.run({"output": ["frames"]}, batch_size=2)[1]
     decode, asked, freed = host.processing.decode_latent_batch, [], []
@@ -223,8 +223,8 @@ def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
         return decode(model, batch, **more)
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", limited)
-    monkeypatch.setattr(extension, "decodable", lambda latents: 8)
-    monkeypatch.setattr(extension, "free_memory", lambda: freed.append(True))
+    monkeypatch.setattr(showing, "decodable", lambda latents: 8)
+    monkeypatch.setattr(showing, "free_memory", lambda: freed.append(True))
     chunked = host.run({"output": ["frames"]}, batch_size=2)[1]
     assert pixels(chunked) == pixels(plain) and asked == [16, 8, 4, 4, 4, 4, 2] and len(freed) == 2
 

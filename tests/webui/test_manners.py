@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import pytest
 import torch
-from doubled import latents_of, pixels
+from doubled import latents_of, pixels, record_start
 from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
@@ -171,6 +171,35 @@ def test_init_from_a_file_is_the_init_that_made_it(host: SimpleNamespace, noise:
     first, second = trajectory.load(file), latents_of(processed)[0]
     assert torch.equal(first.z, second.z) and torch.equal(first.sigmas, second.sigmas)
     assert "Unsampler trajectory: " + file.name in processed.infotexts[0]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
+def test_extra_noise_is_in_the_hand_off_alone(host: SimpleNamespace, sampler: str, masked: bool) -> None:
+    """img2img_extra_noise: sampling starts where img2img's does; z and frames stay at their sigma."""
+    nmask = torch.ones(1, 1, 8, 8)
+    nmask[..., 4:] = 0.5
+    fields = {"sampler_name": sampler, **({"nmask": nmask, "mask": 1 - nmask} if masked else {})}
+    _, quiet = host.run({"output": ["frames", "latents"]}, **fields)
+    host.shared.opts.img2img_extra_noise = 0.3
+    seen: list[torch.Tensor] = []
+    restore = record_start(host, seen)
+    plain, _ = host.run(**fields)
+    made, processed = host.run({"output": ["init", "frames", "latents"]}, **fields)
+    restore()
+    first = latents_of(processed)[0]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(made.latest_samples, plain.latest_samples)
+    assert torch.equal(first.handoff, seen[0]) and torch.equal(first.latent, seen[0])
+    assert torch.equal(first.z, latents_of(quiet)[0].z[: len(first.z)])
+    assert float((first.handoff - first.z[-1])[..., :4].std()) > 0.2
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
+    again, resumed = host.run({"output": ["init", "frames", "latents"], "trajectory": name}, **fields)
+    second = latents_of(resumed)[0]
+    assert torch.equal(again.latest_samples, made.latest_samples)
+    assert torch.equal(second.handoff, first.handoff)
+    torch.testing.assert_close(second.z, first.z, rtol=0, atol=0 if not masked else 2.0)
+    if not masked:
+        assert pixels(resumed)[:-1] == pixels(processed)[:-1]
 
 
 def test_frames_of_a_file_need_no_sampler_of_its_schedule(host: SimpleNamespace) -> None:

@@ -5,15 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modules import devices, images, processing, shared
+from modules import devices, images, processing, scripts, shared
 from PIL import Image
 from torch import Tensor
 
 
-class Decoded(list):
+def latent_scale(model: Any) -> tuple[float, float]:
+    """(scale, shift) by which the host brings its autoencoder's latents to the model's; zeros where it does not say."""
+    forge = getattr(model, "forge_objects", None)
+    a1111_sd3 = getattr(getattr(model, "model", None), "latent_format", None)
+    if forge is not None:
+        codec = getattr(forge.vae, "first_stage_model", None)
+        scale, shift = getattr(codec, "scaling_factor", 0.0), getattr(codec, "shift_factor", 0.0)
+    elif a1111_sd3 is not None:
+        scale, shift = a1111_sd3.scale_factor, a1111_sd3.shift_factor
+    else:
+        scale, shift = getattr(model, "scale_factor", 0.0), 0.0
+    return float(scale or 0.0), float(shift or 0.0)
+
+
+class Decoded(list[Any]):
     """Pictures in [-1, 1] in place of latents: the host decodes nothing."""
 
     already_decoded = True
+
+
+def factor() -> int:
+    """How many times as long as its latents' a picture's side is, by the loaded model's autoencoder."""
+    return int(processing.opt_f)
 
 
 def decode(p: Any, latents: Tensor) -> list[Tensor]:
@@ -35,13 +54,36 @@ def decodable(latents: Tensor) -> int:
     if devices.device.type != "cuda":
         return 1
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    pixels = 64 * latents.shape[-1] * latents.shape[-2] * len(latents)
+    pixels = factor() ** 2 * latents.shape[-1] * latents.shape[-2] * len(latents)
     return int(min(MOST_AT_ONCE, max(1, 0.7 * free / (DECODER_BYTES * pixels * devices.dtype_vae.itemsize))))
 
 
 def free_memory() -> None:
     """Gives back what the GPU keeps for reuse."""
     devices.torch_gc()
+
+
+def finished(p: Any, samples: Tensor) -> list[Image.Image]:
+    """A batch's pictures as the host makes its own of what was sampled: mask, colours and overlay included.
+
+    What other extensions do to finished pictures is theirs, and is not in these.
+    """
+    if p.mask is not None:
+        blended = samples * p.nmask + p.init_latent * p.mask
+        if hasattr(p.scripts, "on_mask_blend"):  # soft inpainting
+            told = scripts.MaskBlendArgs(samples, p.nmask, p.init_latent, p.mask, blended)
+            p.scripts.on_mask_blend(p, told)
+            blended = told.blended_latent
+        samples = blended
+    pictures = []
+    for index, decoded in enumerate(decode(p, samples)):
+        values = 255.0 * torch.clamp((decoded.float() + 1.0) / 2.0, min=0.0, max=1.0)
+        picture = Image.fromarray(values.permute(1, 2, 0).cpu().numpy().astype("uint8"))  # cut, not rounded
+        corrections = getattr(p, "color_corrections", None) or []
+        if index < len(corrections):
+            picture = processing.apply_color_correction(corrections[index], picture)
+        pictures.append(overlaid(p, picture, index))
+    return pictures
 
 
 def overlaid(p: Any, picture: Image.Image, index: int) -> Image.Image:
@@ -56,7 +98,8 @@ def encoded_picture(p: Any, image: int) -> Image.Image | None:
     """The picture that an image's latents were encoded from; None where the host encoded a part of it."""
     if getattr(p, "image_mask", None) is not None or not p.init_images:
         return None
-    picture = p.init_images[image % len(p.init_images)].convert("RGB")
     if p.resize_mode == 3:  # the host resizes the latents
         return None
+    background = shared.opts.img2img_background_color
+    picture = images.flatten(p.init_images[image % len(p.init_images)], background)
     return images.resize_image(p.resize_mode, picture, p.width, p.height)

@@ -29,6 +29,18 @@ def untouched_generators() -> Iterator[None]:
                 del rng.nv_rng
 
 
+def _generators(p: Any, first: Tensor) -> Any:
+    """The request's own generators, as they were before they drew ``first``, with shape (B, C, H, W)."""
+    return rng.ImageRNG(
+        tuple(first.shape[1:]),
+        p.seeds,
+        subseeds=p.subseeds,
+        subseed_strength=p.subseed_strength,
+        seed_resize_from_h=p.seed_resize_from_h,
+        seed_resize_from_w=p.seed_resize_from_w,
+    )
+
+
 class HostDraws:
     """The noise draws of one batch, from generators built as the host builds its own.
 
@@ -40,17 +52,11 @@ class HostDraws:
         """``first`` is the noise handed to the sampler, with shape (B, C, H, W)."""
         self._first = first
         self._scale = getattr(p, "initial_noise_multiplier", None)
-        self._rng = rng.ImageRNG(
-            tuple(first.shape[1:]),
-            p.seeds,
-            subseeds=p.subseeds,
-            subseed_strength=p.subseed_strength,
-            seed_resize_from_h=p.seed_resize_from_h,
-            seed_resize_from_w=p.seed_resize_from_w,
-        )
+        self._rng = _generators(p, first)
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
+        """The j-th draw of every image."""
         if j == 0:
             return self._first
         with untouched_generators():
@@ -62,8 +68,25 @@ class HostDraws:
         return drawn.to(self._first.device)
 
 
+def pass_draws(p: Any, count: int) -> None:
+    """Has what is sampled next begin behind ``count`` more of the request's own draws, which made z."""
+    with untouched_generators():
+        for _ in range(count):
+            p.rng.next()
+
+
 @contextmanager
 def untouched_draws() -> Iterator[None]:
     """Has k-diffusion's functions draw from no generator of the request's: some do so only to throw it away."""
     with attribute(k_sampling, "torch", torch), untouched_generators():
         yield
+
+
+@contextmanager
+def repeatable_draws(p: Any, first: Tensor) -> Iterator[None]:
+    """Has the sampler draw what it would draw next, after ``first``, and draw it again when it samples later."""
+    with untouched_generators():
+        again = _generators(p, first)
+        again.next()
+        with attribute(p, "rng", again):
+            yield

@@ -5,30 +5,50 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from k_diffusion import sampling as k_sampling
 from modules import devices, extra_networks
 from torch import Tensor
 
+from ...core import rehearsal
+from ...core.rehearsal import Forward
+from .draws import untouched_draws
+from .progress import Mirrored, show_step
 from .request import attribute
 
 
 @contextmanager
-def starting_from(sampler: Any, z: Tensor) -> Iterator[None]:
-    """Has a k-diffusion sampler start from z, whatever start state the host computes."""
+def running(sampler: Any, run: Callable[..., Tensor]) -> Iterator[None]:
+    """Has ``run(function, model, x, **options)`` run in the place of a k-diffusion sampler's function.
+
+    The host computes its own start state and options, and cleans up after its sampling: so what ``run`` raises is
+    raised again at the end of the block, and x is what was sampled until then.
+    """
     function = sampler.func
+    raised: list[Exception] = []
 
     @functools.wraps(function)  # the host inspects its signature
-    def started(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return function(model, z.to(x), *args, **kwargs)
+    def ran(model: Any, x: Tensor, **options: Any) -> Tensor:
+        try:
+            return run(function, model, x, **options)
+        except Exception as error:
+            raised.append(error)
+            return x
 
     try:
-        sampler.func = started
+        sampler.func = ran
         yield
     finally:
         sampler.func = function
+    if raised:
+        raise raised.pop()
+
+
+def starting_from(sampler: Any, z: Tensor) -> AbstractContextManager[None]:
+    """Has a k-diffusion sampler start from z, whatever start state the host computes; see :func:`running`."""
+    return running(sampler, lambda function, model, x, **options: function(model, z.to(x), **options))
 
 
 def sampler_function(sampler: Any) -> str:
@@ -40,29 +60,85 @@ def sampler_function(sampler: Any) -> str:
 class GuidedModel:
     """The host's guided denoiser as :class:`~.inversion.Model`, for the images of one batch.
 
-    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's own.
+    Guidance, prompt editing, networks, ControlNet and other extensions' callbacks are the host's own, and all
+    are shown the step and the counters of the forward call that is mirrored.
     """
 
-    def __init__(self, denoiser: Any, extra_args: dict[str, Any], stride: int, called: Callable[[int], None]) -> None:
-        """Arguments:
-        denoiser: The host's, as its sampler's function gets it.
-        extra_args: What the host gives with it at each call.
-        stride: How many calls the host counts where the inverted sampler makes one.
-        called: Told the number of calls after each.
+    def __init__(
+        self,
+        denoiser: Any,
+        extra_args: dict[str, Any],
+        counted: Forward,
+        per_step: int,
+        progress: Mirrored,
+        called: Callable[[int], None],
+    ) -> None:
+        """Wraps the host's denoiser.
+
+        Arguments:
+            denoiser: The host's, as its sampler's function gets it.
+            extra_args: What the host gives with it at each call.
+            counted: The calls of the request's own sampler.
+            per_step: How many calls the inverted sampler makes in a step.
+            progress: Told the step to show before each call.
+            called: Told the number of calls after each.
         """
         self._denoiser = denoiser
         self._extra_args = extra_args
-        self._stride = stride
+        self._counted = counted
+        self._per_step = per_step
+        self._progress = progress
         self._called = called
         self.calls = 0
 
     def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D(x; sigma) of these images, with the conditions of this call."""
         args = self._extra_args if images is None else {k: _picked(v, images) for k, v in self._extra_args.items()}
-        self._denoiser.step = call * self._stride  # the host looks prompt editing and guidance minimum up by it
+        number = self._counted.call(*divmod(call, self._per_step))
+        self._denoiser.step = number  # the host looks prompt editing and guidance minimum up by it
+        self._progress.show(self._counted.shown[number])
         denoised = self._denoiser(x, sigma, **args)
         self.calls += 1
         self._called(self.calls)
         return denoised
+
+
+class Skipped:
+    """The host's counters for a run of its sampler that leaves out the first steps: those of the whole run."""
+
+    def __init__(self, denoiser: Any, counted: Forward, skip: int) -> None:
+        """Shows the first step that is left in.
+
+        Arguments:
+            denoiser: The host's, as its sampler's function gets it.
+            counted: The calls of the whole run.
+            skip: The steps that are left out.
+        """
+        self._denoiser, self._call, self._skip = denoiser, counted.call(skip, 0), skip
+        self._shown = counted.shown[self._call]
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Has the next call be the run's first one."""
+        self._denoiser.step = self._call
+        show_step(self._shown)
+
+    def options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A sampler's options, with the steps that it tells of counted from the whole run's first."""
+        told = options["callback"]
+        return {**options, "callback": lambda info: told({**info, "i": info["i"] + self._skip})}
+
+
+def counted_calls(function: Callable[..., Tensor], denoiser: Any, x: Tensor, **options: Any) -> Forward:
+    """How the host counts the model calls of its sampler's function, called with these options; none is made."""
+    with untouched_draws():
+        return rehearsal.forward(function, denoiser, x, **options)
+
+
+def draws_noise(function: Callable[..., Tensor], denoiser: Any, x: Tensor, **options: Any) -> bool:
+    """Whether the host's sampler without a noise sampler adds noise with these options; no call is made."""
+    with untouched_draws():
+        return rehearsal.draws_noise(function, denoiser, x, **options)
 
 
 def _picked(conds: Any, images: Tensor) -> Any:
@@ -114,7 +190,7 @@ def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, 
     with attribute(sampler, "func", run):
         out = own(p, *args, **kwargs)
     if raised:
-        raise raised[0]
+        raise raised.pop()  # kept here, it would keep this call and all that is in it
     return out
 
 

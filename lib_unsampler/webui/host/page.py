@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,29 @@ def preferences() -> Preferences:
 def field_defaults() -> dict[str, Any]:
     """The fields whose default is a preference; one out of its bounds is left for the request to refuse."""
     names = ("duration", "format")
-    return {name: getattr(shared.opts, PREFERENCE + name, getattr(Preferences, name)) for name in names}
+    values = {name: getattr(shared.opts, PREFERENCE + name, getattr(Preferences, name)) for name in names}
+    for name, value in values.items():
+        if value not in _begun_with.setdefault(name, []):
+            _begun_with[name].append(value)
+    return values
+
+
+_begun_with: dict[str, list[Any]] = {}
+
+
+def earlier_defaults() -> Mapping[str, Sequence[Any]]:
+    """What such fields have begun with since the start: the API keeps the defaults of its first page."""
+    return _begun_with
 
 
 def output_folder() -> Path:
     """Where img2img's pictures go, and the latents files with them."""
     return Path(shared.opts.outdir_samples or shared.opts.outdir_img2img_samples)
+
+
+def animation_folder() -> Path:
+    """Where animations go."""
+    return Path(getattr(shared.opts, PREFERENCE + "animation_folder", "") or output_folder())
 
 
 def accounts() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from fastapi import HTTPException
-from modules import shared
+from modules import processing, shared
 
 from ...settings import TITLE
 
@@ -22,6 +24,17 @@ class RefusedError(HTTPException):
         return self.detail
 
 
+def with_more(error: Exception, text: str) -> Exception:
+    """The same error, whose text says more."""
+    if isinstance(error, RefusedError):
+        return RefusedError(f"{error}; {text}")
+    if isinstance(error, OSError) and error.errno is not None:
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        return type(error)(error.errno, f"{error.strerror}{name}; {text}")
+    error.args = (f"{error}; {text}", *error.args[1:])
+    return error
+
+
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Shadows an attribute on one object, and takes the shadow off again whatever happens."""
@@ -34,6 +47,30 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+def running() -> list[Any]:
+    """The requests that the host is processing in this thread, the innermost first.
+
+    The call stack tells: there is nothing to be remembered that an error could leave standing.
+    """
+    found: list[Any] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "process_images" and frame.f_globals.get("__name__") == processing.__name__:
+            found.append(frame.f_locals.get("p"))
+        frame = frame.f_back
+    return found
+
+
+def is_inner(p: Any) -> bool:
+    """Whether a request is another script's own, made while the host processes the user's.
+
+    ADetailer and loopbacks among the extensions make such, of copies too, and ADetailer calls every script's
+    hooks with a copy that is never processed.
+    """
+    requests = running()
+    return getattr(p, "_ad_inner", False) or len(requests) > 1 or (bool(requests) and requests[0] is not p)
 
 
 def selected_script(p: Any) -> str | None:

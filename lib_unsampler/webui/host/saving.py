@@ -6,6 +6,7 @@ import base64
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,29 @@ def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
 
 def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> tuple[Path, ...]:
     """Saves a picture where and as the host saves its images; returns the file, and its text file if there is one."""
-    with attribute(p, "batch_index", index):  # file name patterns read it
-        written = images.save_image(
-            *(picture, p.outpath_samples, "", p.seeds[index], p.prompts[index], shared.opts.samples_format),
-            info=text,
-            p=p,
-            suffix=suffix,
-        )
+    return _save(p, picture, p.outpath_samples, shared.opts.samples_format, index, text, suffix)
+
+
+def _save(p: Any, picture: Image.Image, folder: str, form: str, index: int, text: str, suffix: str) -> tuple[Path, ...]:
+    """What the host's ``save_image`` writes of a picture; where it fails, what it has begun is taken away."""
+    begun: list[Any] = []
+    save = picture.save
+
+    def noted(file: Any, *args: Any, **kwargs: Any) -> None:
+        begun.append(file)
+        save(file, *args, **kwargs)
+
+    try:
+        with attribute(p, "batch_index", index), attribute(picture, "save", noted):  # file name patterns read the first
+            written = images.save_image(
+                *(picture, folder, "", p.seeds[index], p.prompts[index], form), info=text, p=p, suffix=suffix
+            )
+    except Exception:
+        saved = getattr(picture, "already_saved_as", None)  # and then its text file failed
+        for file in [*begun, *([saved, Path(saved).with_suffix(".txt")] if saved else [])]:
+            if isinstance(file, (str, os.PathLike)):
+                Path(file).unlink(missing_ok=True)
+        raise
     return tuple(Path(name) for name in written if name)
 
 
@@ -46,19 +63,16 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
     The host names files only while it saves them, so it saves a picture first, whose name is then
     taken over.
     """
-    with attribute(p, "batch_index", index):
-        name, _ = images.save_image(
-            *(picture, folder or p.outpath_samples, "", p.seeds[index], p.prompts[index], "png"),
-            info=text,
-            p=p,
-            suffix=suffix,
-        )
-    placeholder = Path(name)
+    placeholder, *_ = _save(p, picture.copy(), folder or p.outpath_samples, "png", index, text, suffix)
     final = placeholder.with_suffix(made.suffix)
-    if final != placeholder and shared.opts.save_images_replace_action != "Replace":
-        final = _free(final)
-    with whole(final) as part:
-        shutil.copyfile(made, part)
+    try:
+        if final != placeholder and shared.opts.save_images_replace_action != "Replace":
+            final = _free(final)
+        with whole(final) as part:
+            shutil.copyfile(made, part)
+    except BaseException:
+        placeholder.unlink(missing_ok=True)
+        raise
     if final != placeholder:
         placeholder.unlink(missing_ok=True)
     made.unlink(missing_ok=True)
@@ -66,8 +80,24 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
 
 
 def saved_item(file: Path, text: str) -> Image.Image:
-    """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for."""
-    picture = Image.open(file)
+    """A saved picture for the results: the page shows the file itself, its pixels are read when they are asked for.
+
+    The file is open only then: a reply may hold more pictures than a process may open files, and an open
+    one keeps a disk busy.
+    """
+    picture: Any = Image.open(file)
+    with picture:
+        held = weakref.ref(picture)
+
+    def load() -> Any:
+        picture: Any = held()
+        del picture.load, picture.draft
+        with Image.open(file) as read:
+            read.load()
+        vars(picture).update({**vars(read), "info": picture.info})
+        return picture.load()
+
+    picture.load, picture.draft = load, lambda *_: None  # a draft is a smaller reading of the file, for thumbnails
     picture.info["parameters"] = text
     picture.already_saved_as = str(file)
     return picture
@@ -108,7 +138,7 @@ def moving_item(p: Any, file: Path, saved: bool, poster: Image.Image, text: str)
         if not saved:
             file.unlink()
         return data
-    picture = poster.copy()
+    picture: Any = poster.copy()
     picture.info["parameters"] = text
     if saved and preferences().animation_folder:
         shutil.copyfile(file, kept := temporary_file(file.suffix))  # the page shows nothing outside its own folders

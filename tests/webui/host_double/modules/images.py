@@ -1,6 +1,8 @@
 import os
 
-from PIL import PngImagePlugin
+from PIL import Image, PngImagePlugin
+
+from modules import shared
 
 
 def save_image(
@@ -27,9 +29,24 @@ def save_image(
     text = PngImagePlugin.PngInfo()
     if info is not None:
         text.add_text(pnginfo_section_name, info)
-    image.save(name, pnginfo=text)
+    part = os.path.splitext(name)[0] + ".tmp"
+    image.save(part, format=Image.registered_extensions()[f".{extension}"], pnginfo=text)
+    os.replace(part, name)
     image.already_saved_as = name
-    return name, None
+    if not shared.opts.save_txt or info is None:
+        return name, None
+    text_name = os.path.splitext(name)[0] + ".txt"
+    with open(text_name, "w", encoding="utf8") as file:
+        file.write(f"{info}\n")
+    return name, text_name
+
+
+def flatten(img, bgcolor):
+    if img.mode == "RGBA":
+        background = Image.new("RGBA", img.size, bgcolor)
+        background.paste(img, mask=img)
+        img = background
+    return img.convert("RGB")
 
 
 def resize_image(resize_mode, im, width, height):

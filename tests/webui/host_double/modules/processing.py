@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modules import extra_networks, images, prompt_parser, rng, sd_samplers, shared
+from modules import extra_networks, images, prompt_parser, rng, scripts, sd_samplers, shared
+
+opt_f = 8
 
 
 class Model:
-    """A codec in place of a VAE: the latent is the picture at 1/8 size, with a fourth channel."""
+    """A codec in place of a VAE: the latent is the picture at 1/opt_f size, with a fourth channel."""
 
     parameterization = "eps"
 
@@ -19,14 +21,14 @@ class Model:
 
 
 def encode(picture):
-    small = torch.nn.functional.avg_pool2d(picture, 8)
+    small = torch.nn.functional.avg_pool2d(picture, opt_f)
     return torch.cat([small, small.mean(1, keepdim=True)], 1)
 
 
 def decode_latent_batch(model, batch, target_device=None, check_for_nans=False):
     if check_for_nans and torch.isnan(batch).any():
         raise RuntimeError("NaN in the latents")
-    return [torch.nn.functional.interpolate(z[None, :3], scale_factor=8)[0] for z in batch]
+    return [torch.nn.functional.interpolate(z[None, :3], scale_factor=opt_f)[0] for z in batch]
 
 
 def uncrop(image, dest_size, paste_loc):
@@ -99,6 +101,9 @@ class StableDiffusionProcessingImg2Img:
     do_not_save_grid: bool = False
     init_images: list = None
     image_mask: Any = None
+    mask_round: bool = True
+    inpainting_fill: int = 1
+    inpaint_full_res: bool = False
     resize_mode: int = 0
     disable_extra_networks: bool = False
     eta: float = 1.0
@@ -115,12 +120,16 @@ class StableDiffusionProcessingImg2Img:
     extra_generation_params: dict = field(default_factory=dict)
     comments: list = field(default_factory=list)
 
+    def close(self):
+        self.sampler = self.c = self.uc = None
+
     def comment(self, text):
         self.comments.append(text)
 
     def init(self, all_prompts, all_seeds, all_subseeds):
         self.sampler = sd_samplers.create_sampler(self.sampler_name, self.sd_model)
-        pictures = [np.asarray(i.resize((self.width, self.height))) for i in self.init_images]
+        flat = [images.flatten(i, shared.opts.img2img_background_color) for i in self.init_images]
+        pictures = [np.asarray(i.resize((self.width, self.height))) for i in flat]
         batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
         if len(pictures) == 1:
             batch = batch.repeat(self.batch_size, 1, 1, 1)
@@ -166,7 +175,8 @@ def process_images(p):
     p.all_prompts, p.all_seeds = [p.prompt] * count, [p.seed + i for i in range(count)]
     p.all_subseeds = [p.subseed + i for i in range(count)]
     p.sd_model_name = "double"
-    p.scripts.process(p)
+    if p.scripts is not None:
+        p.scripts.process(p)
     output, texts = [], []
     with torch.no_grad():
         p.init(p.all_prompts, p.all_seeds, p.all_subseeds)
@@ -193,12 +203,20 @@ def process_images(p):
             save = p.save_samples()
             for i, picture in enumerate(torch.stack(list(decoded))):
                 p.batch_index = i
-                array = ((picture.clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+                array = (255.0 * ((picture + 1) / 2).clamp(0, 1)).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
+                if p.scripts is not None:
+                    pp = scripts.PostprocessImageArgs(image)
+                    p.scripts.postprocess_image(p, pp)
+                    image = pp.image
+                    pp = scripts.PostprocessImageArgs(image)
+                    p.scripts.postprocess_image_after_composite(p, pp)
+                    image = pp.image
                 if save:
                     images.save_image(image, p.outpath_samples, "", p.seeds[i], p.prompts[i], info=text, p=p)
                 output.append(image)
                 texts.append(text)
     res = Processed(p, output, info=texts[0] if texts else "", infotexts=texts)
-    p.scripts.postprocess(p, res)
+    if p.scripts is not None:
+        p.scripts.postprocess(p, res)
     return res

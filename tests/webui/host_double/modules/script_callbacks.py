@@ -1,6 +1,6 @@
 """The host keeps what scripts register and calls it later."""
 
-registered = {"before_ui": [], "ui_settings": [], "app_started": []}
+registered = {"before_ui": [], "ui_settings": [], "app_started": [], "cfg_denoiser": []}
 
 
 def on_before_ui(callback):
@@ -13,3 +13,12 @@ def on_ui_settings(callback):
 
 def on_app_started(callback):
     registered["app_started"].append(callback)
+
+
+def on_cfg_denoiser(callback):
+    registered["cfg_denoiser"].append(callback)
+
+
+def cfg_denoiser_callback(params):
+    for callback in registered["cfg_denoiser"]:
+        callback(params)

@@ -17,12 +17,23 @@ class Script:
     def process(self, p, *args):
         pass
 
+    def postprocess_image_after_composite(self, p, pp, *args):
+        pass
+
+    def postprocess_image(self, p, pp, *args):
+        pass
+
     def postprocess(self, p, processed, *args):
         pass
 
 
+class PostprocessImageArgs:
+    def __init__(self, image):
+        self.image = image
+
+
 class ScriptRunner:
-    """One always-on script; what its hooks raise is swallowed, as the host does.
+    """One always-on script, and others without arguments; what their hooks raise is swallowed, as the host does.
 
     The first script argument is the number of the selected script, counted from 1, or 0.
     """
@@ -32,7 +43,7 @@ class ScriptRunner:
         self.script.args_from = 1
         self.alwayson_scripts = [script]
         self.selectable_scripts = []
-        self.alwayson_scripts = [script]
+        self.others = []
         self.swallowed = []
 
     def run(self, p, *args):
@@ -42,13 +53,21 @@ class ScriptRunner:
         return self.selectable_scripts[script_index - 1].run(p)
 
     def call(self, name, p, *more):
-        try:
-            getattr(self.script, name)(p, *more, *p.script_args[self.script.args_from :])
-        except Exception as error:
-            self.swallowed.append(error)
+        for script in [s for s in [self.script, *self.others] if hasattr(s, name)]:
+            args = p.script_args[self.script.args_from :] if script is self.script else ()
+            try:
+                getattr(script, name)(p, *more, *args)
+            except Exception as error:
+                self.swallowed.append(error)
 
     def process(self, p):
         self.call("process", p)
 
+    def postprocess_image(self, p, pp):
+        self.call("postprocess_image", p, pp)
+
     def postprocess(self, p, processed):
         self.call("postprocess", p, processed)
+
+    def postprocess_image_after_composite(self, p, pp):
+        self.call("postprocess_image_after_composite", p, pp)

@@ -10,7 +10,10 @@ FUNCTIONS = {
     "DPM++ 2S a": "sample_dpmpp_2s_ancestral",
     "DPM2": "sample_dpm_2",
     "DPM++ SDE": "sample_dpmpp_sde",
+    "DPM2 a": "sample_dpm_2_ancestral",
+    "DPM++ 2M SDE": "sample_dpmpp_2m_sde",
     "DPM fast": "sample_dpm_fast",
+    "DPM adaptive": "sample_dpm_adaptive",
     "LMS": "sample_lms",
 }
 

@@ -1,4 +1,6 @@
-from modules import extra_networks, prompt_parser, shared
+from types import SimpleNamespace
+
+from modules import extra_networks, prompt_parser, script_callbacks, shared
 
 
 class InterruptedException(BaseException):
@@ -28,6 +30,11 @@ class CFGDenoiser:
     def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         if shared.state.interrupted or shared.state.skipped:
             raise InterruptedException
+        state = shared.state
+        counters = {"sampling_step": state.sampling_step, "total_sampling_steps": state.sampling_steps}
+        params = SimpleNamespace(x=x, sigma=sigma, denoiser=self, **counters)
+        script_callbacks.cfg_denoiser_callback(params)
+        x = params.x
         gain = 1 / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2)
         positive = mean_of(prompt_parser.reconstruct(cond.batch, self.step), x)
         negative = mean_of(prompt_parser.reconstruct(uncond, self.step), x)

@@ -3,10 +3,19 @@ import inspect
 import torch
 from k_diffusion import sampling
 
-from modules import sd_samplers_common, shared
+from modules import sd_samplers_common, sd_schedulers, shared
 from modules.sd_samplers_cfg_denoiser import CFGDenoiser, InterruptedException
 
-SECOND_ORDER = ("sample_heun", "sample_dpm_2", "sample_dpmpp_2s_ancestral", "sample_dpmpp_sde")
+EXTRA_PARAMS = {
+    name: ["s_churn", "s_tmin", "s_tmax", "s_noise"] for name in ("sample_euler", "sample_heun", "sample_dpm_2")
+}
+SECOND_ORDER = (
+    "sample_heun",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_sde",
+)
 
 
 class Hijack:
@@ -27,12 +36,14 @@ class KDiffusionSampler:
         self.last_latent = None
         second = {"second_order": True} if funcname in SECOND_ORDER else {}
         brownian = {"brownian": True} if funcname.endswith("sde") else {}
+        self.extra_params = EXTRA_PARAMS.get(funcname, [])
         self.config = sd_samplers_common.SamplerData({**second, **brownian})
         self.model_wrap_cfg = CFGDenoiser(self)
 
     def get_sigmas(self, p, steps):
         p.extra_generation_params["Schedule type"] = "Karras"
-        return sampling.get_sigmas_karras(steps, 0.0291675, 14.614642)
+        table = ((1 - p.sd_model.alphas_cumprod) / p.sd_model.alphas_cumprod).sqrt()
+        return sd_schedulers.schedulers_map[p.scheduler](steps, 0.0291675, 14.614642, table)
 
     def sample_img2img(
         self, p, x, noise, conditioning, unconditional_conditioning, steps=None, image_conditioning=None
@@ -79,7 +90,10 @@ class KDiffusionSampler:
         self.model_wrap_cfg.p = p
         self.model_wrap_cfg.mask, self.model_wrap_cfg.nmask = p.mask, p.nmask
         self.model_wrap_cfg.step = 0
-        return {"eta": p.eta} if "eta" in inspect.signature(self.func).parameters else {}
+        options = {name: getattr(shared.opts, name) for name in self.extra_params}
+        if "s_tmax" in options:
+            options["s_tmax"] = options["s_tmax"] or float("inf")
+        return {**options, "eta": p.eta} if "eta" in inspect.signature(self.func).parameters else options
 
     def callback_state(self, d):
         shared.state.sampling_step = d["i"]

@@ -1,0 +1,149 @@
+"""From the noise back to a picture: the embedded model under its prompts, and what is sampled with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from ..core import inversion, replay
+from ..core.noising import SeededDraws, blend, unsample
+from ..core.replay import Recording
+from ..core.schedule import Levels, levels
+from ..core.trajectory import Trajectory
+from ..pictures import animation, render
+from ..settings import Settings, to_infotext
+from . import sampling
+from .embedded import Denoiser, guided, make_model, masked
+
+WRITTEN_BY = "Batch Unsampler"
+"""What the text in every file begins with."""
+PREDICTION = {"gaussian": "eps", "gaussian-flow": "flow", "mixture": "eps"}
+
+
+def source_model(settings: Settings, source: Tensor, mask: Tensor | None) -> Denoiser:
+    """The embedded model under the source's own prompts and scale."""
+    return _model(settings, (settings.positive, settings.negative), settings.cfg, source, mask)
+
+
+def resampling_model(settings: Settings, source: Tensor, mask: Tensor | None) -> Denoiser:
+    """The embedded model under the resampling's prompts and scale."""
+    prompts = (settings.resample_positive or settings.positive, settings.resample_negative or settings.negative)
+    scale = settings.cfg if settings.resample_cfg < 0 else settings.resample_cfg
+    return _model(settings, prompts, scale, source, mask)
+
+
+def _model(settings: Settings, prompts: tuple[str, str], scale: float, source: Tensor, mask: Tensor | None) -> Denoiser:
+    positive, negative = (make_model(settings.model, p, *source.shape[-2:]) for p in prompts)
+    model = guided(positive, negative, scale)
+    return model if mask is None else masked(model, source, mask)
+
+
+@contextmanager
+def bar(name: str, steps: int | None, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """A progress bar with a name, as the callback of a sampler."""
+    with tqdm(total=steps, desc=name, unit="step", disable=quiet) as shown:
+        yield lambda _: shown.update()
+
+
+def first_draw(settings: Settings, schedule: Tensor, start: int) -> int:
+    """The first draw of a seed that did not make z: shared noise is one draw, other kinds have one for each level."""
+    return 1 if settings.mode != "noise" or settings.noise == "shared" else len(schedule) - 1 - start
+
+
+def resampler(settings: Settings) -> str:
+    """The sampler that comes back from the noise: what was inverted as another one comes back by that one."""
+    return inversion.kin(settings.sampler, settings.solver)[0] if settings.mode == "invert" else settings.sampler
+
+
+def carry_back(
+    z: Tensor,
+    source: Tensor,
+    mask: Tensor | None,
+    sigmas: Tensor,
+    settings: Settings,
+    sampler: str,
+    first: int,
+    path: Path,
+    quiet: bool,
+) -> None:
+    """Carries the hand-off latent down the rest of the schedule and writes the picture it becomes.
+
+    Arguments:
+        z: The unmasked latent at ``sigmas[0]`` with shape (1, 3, H, W).
+        first: The first draw that the sampler may use.
+    """
+    model = resampling_model(settings, source, mask)
+    steps = None if sampler in ("dpm_fast", "dpm_adaptive") else len(sigmas) - 1
+    with bar("sampling back", steps, quiet) as callback:
+        clean = sampling.sample(model, z, sigmas, sampler, (settings.seed,), first, callback)
+    animation.write_png(path, render.to_pictures(blend(clean, source, mask))[0], parameters(settings))
+
+
+def recorded_levels(plan: Levels, settings: Settings) -> Levels:
+    """Every level that a replay samples: from ``skip`` steps below the walk's noisiest."""
+    return levels(plan.schedule, plan.kept[-1] + settings.skip)
+
+
+def remaining(plan: Levels) -> Tensor:
+    """The schedule from the walk's noisiest level to 0."""
+    return plan.schedule[plan.kept[-1] :]
+
+
+def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, quiet: bool) -> Recording:
+    """The picture as its sampler's noises."""
+    below = recorded_levels(plan, settings)
+    prediction = PREDICTION[settings.model]
+    draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
+    states = unsample(source, below, draw, settings.noise, prediction, settings.normalize)
+    fresh = (draw(j) for j in count(len(plan.schedule) - 1))
+    model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
+    with bar("recording", len(states), quiet) as callback:
+        options: dict[str, Any] = {"callback": callback, "disable": True}
+        return replay.record(function, model, remaining(below), states, source, fresh, prediction, **options)
+
+
+def play_back(
+    recording: Recording, skip: int, source: Tensor, mask: Tensor | None, settings: Settings, path: Path, quiet: bool
+) -> None:
+    """Samples a recording under the resampling's prompts and writes the picture it becomes.
+
+    Arguments:
+        skip: Steps to leave out at the recording's beginning.
+    """
+    model, function = resampling_model(settings, source, mask), sampling.function(settings.sampler)
+    with bar("sampling back", len(recording.states) - skip, quiet) as callback:
+        clean = replay.replay(function, model, recording.sigmas, recording, skip, callback=callback, disable=True)
+    animation.write_png(path, render.to_pictures(clean)[0], parameters(settings))
+
+
+def check_saved(saved: Trajectory, recording: Recording, settings: Settings) -> int:
+    """How many steps of a saved recording ``skip`` leaves out: it counts from the trajectory's noisiest level.
+
+    Raises:
+        ValueError: if the maps begin only below the level that is asked for, or do not fit the settings.
+    """
+    begun = len(saved.schedule) - 1 - len(recording.states) - saved.start
+    if settings.skip < begun:
+        raise ValueError(f"skip: {settings.skip} is below {begun}, where the saved maps begin")
+    replay.check_replay(sampling.function(settings.sampler), recording.sigmas, recording, settings.skip - begun)
+    asked = sampling.noise_steps(settings.sampler, recording.sigmas)
+    if asked != recording.steps:
+        raise ValueError(f"maps: {len(recording.steps)}, where {settings.sampler!r} asks for {len(asked)} at its steps")
+    return settings.skip - begun
+
+
+def parameters(settings: Settings) -> str:
+    """What is written into the files: the settings that are not default, as generation parameters.
+
+    Text with a comma, colon or line break is quoted, as the WebUI does.
+    """
+    pairs = to_infotext(settings, "cli")
+    quoted = {k: json.dumps(v, ensure_ascii=False) if set(v) & set(",:\n") else v for k, v in pairs.items()}
+    return ", ".join([WRITTEN_BY] + [f"{key}: {value}" for key, value in quoted.items()])

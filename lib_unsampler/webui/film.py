@@ -1,0 +1,48 @@
+"""The sampling as a film: img2img's own states, or what the model sees in them, kept on disk and shown after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from torch import Tensor
+
+from ..core.noising import variance_preserving
+from ..core.trajectory import Kept
+from ..settings import Settings
+from .driven import Plan
+
+
+class Film:
+    """The steps of one batch's sampling that are kept, noisiest first; forgotten on exit."""
+
+    def __init__(self, path: Path, plan: Plan, settings: Settings) -> None:
+        """``path`` is a file in whose folder the states may lie; it is never made."""
+        self._plan, self._settings = plan, settings
+        self._wanted = set(plan.levels.kept)
+        self._stack = ExitStack()
+        self._kept = self._stack.enter_context(Kept(path))
+        self.indices: list[int] = []
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def listen(self, index: int, state: Tensor, estimate: Tensor) -> None:
+        """Takes a step, of schedule index ``index``; thinned as the levels are."""
+        if index not in self._wanted:
+            return
+        shown = estimate if self._settings.film_view == "estimate" else self._viewed(index, state)
+        self._kept.add(shown.detach().float().cpu())
+        self.indices.append(index)
+
+    def _viewed(self, index: int, state: Tensor) -> Tensor:
+        sigma = self._plan.levels.schedule[index]
+        return state if self._settings.view == "raw" else variance_preserving(state, sigma, self._plan.prediction)
+
+    def levels(self) -> Iterator[tuple[int, Tensor]]:
+        """What to decode for each step, as (schedule index, latents)."""
+        return zip(self.indices, self._kept.tensors())
