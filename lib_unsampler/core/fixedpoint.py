@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .noising import append_dims
@@ -32,7 +34,7 @@ there the solver begins again from the best."""
 SAMPLED, RUN = 2**13, 64
 """About how many values of large latents products are taken of, in runs of how many."""
 
-Evaluate = Callable[[Tensor, np.ndarray], tuple[Tensor, Tensor, int]]
+Evaluate = Callable[[Tensor, NDArray[Any]], tuple[Tensor, Tensor, int]]
 """``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
 
 
@@ -60,7 +62,7 @@ class Sample:
         """Of vectors with shape (..., values), as (..., size)."""
         if self._every == 1:
             return x
-        whole = x[..., : x.shape[-1] // RUN * RUN].unflatten(-1, (-1, RUN))
+        whole = x[..., : x.shape[-1] // RUN * RUN].reshape(*x.shape[:-1], -1, RUN)
         return whole[..., :: self._every, :].flatten(-2)
 
 
@@ -71,13 +73,13 @@ class Best:
         self.x, self.force, self.denoised = list(guess), list(guess), list(guess)
         self.residual = np.full(len(guess), np.inf)
 
-    def keep(self, images: np.ndarray, rows: np.ndarray, residual: np.ndarray, *of: Tensor) -> None:
+    def keep(self, images: NDArray[Any], rows: NDArray[Any], residual: NDArray[Any], *of: Tensor) -> None:
         """``of``: x, F and D, whose ``rows`` are those of the images."""
         self.residual[images] = residual
         for image, row in zip(images, rows):
             self.x[image], self.force[image], self.denoised[image] = (tensor[row] for tensor in of)
 
-    def solved(self, calls: np.ndarray) -> Solved:
+    def solved(self, calls: NDArray[Any]) -> Solved:
         """All images."""
         x, denoised = (torch.stack(all_) if len(all_) > 1 else all_[0][None] for all_ in (self.x, self.denoised))
         return Solved(x, denoised, torch.from_numpy(self.residual), torch.from_numpy(calls))
@@ -117,7 +119,7 @@ class Solver:
         best, calls = Best(guess), np.zeros(size, np.int32)
         stale, rates = np.zeros(size, int), np.full(size, LEAST_RATE)
         images, x = np.arange(size), guess
-        before: tuple[Tensor, Tensor, np.ndarray] | None = None
+        before: tuple[Tensor, Tensor, NDArray[Any]] | None = None
         while len(images):
             force, denoised, made = evaluate(x, images)
             calls[images] += made
@@ -154,35 +156,35 @@ class Solver:
                 self._turn *= np.where(self._known, turned(slope, self._sigma, sigma), 1.0)
         self._sigma = sigma
 
-    def _slopes(self) -> np.ndarray:
+    def _slopes(self) -> NDArray[Any]:
         """Each pair's dx . J dx, over dx . dx."""
         moves = np.arange(0, 2 * MEMORY, 2)
         ratio = self._products[:, moves, moves + 1] / self._products[:, moves, moves]
-        return self._turn * (ratio - (1 - self._parts)) / self._parts
+        return np.asarray(self._turn * (ratio - (1 - self._parts)) / self._parts)
 
     def _look(
         self,
-        images: np.ndarray,
+        images: NDArray[Any],
         x: Tensor,
         force: Tensor,
         part: float,
-        before: tuple[Tensor, Tensor, np.ndarray] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+        before: tuple[Tensor, Tensor, NDArray[Any]] | None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Keeps the newest pair, and looks at the RMS of F and at its products with the pairs, with shape (k, 2 M)."""
         slots = self._count[images] % MEMORY
         fresh = [self._sample.of(force.flatten(1))[:, None]]
         if before is not None:
             for row, (image, slot) in enumerate(zip(images, slots)):
-                for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before):
+                for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before[:2]):
                     torch.sub(now[row], old[row], out=vector.view_as(now[row]))
                 self._sampled[image, 2 * slot : 2 * slot + 2] = self._sample.of(self._pairs[image, 2 * slot :][:2])
             rows = torch.from_numpy(images)[:, None], torch.from_numpy(2 * slots[:, None] + [0, 1])
             fresh.append(self._sampled[rows])
             self._parts[images, slots], self._turn[images, slots], self._known[images, slots] = part, 1.0, True
             self._count[images] += 1
-        products = torch.cat(fresh, 1) @ some(self._sampled, images).mT
+        along = torch.cat(fresh, 1) @ some(self._sampled, images).mT
         sizes = torch.linalg.vector_norm(force.flatten(1), dim=1)
-        looked = torch.cat([products.flatten(1), sizes[:, None]], 1).cpu().double().numpy()
+        looked: NDArray[Any] = torch.cat([along.flatten(1), sizes[:, None]], 1).cpu().double().numpy()
         products = looked[:, :-1].reshape(len(images), -1, 2 * MEMORY)
         if before is not None:
             at, across = images[:, None], 2 * slots[:, None] + [0, 1]
@@ -191,7 +193,7 @@ class Solver:
         return looked[:, -1] / force[0].numel() ** 0.5, products[:, 0]
 
     def _begun_again(
-        self, images: np.ndarray, lost: np.ndarray, best: Best, x: Tensor, force: Tensor
+        self, images: NDArray[Any], lost: NDArray[Any], best: Best, x: Tensor, force: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The lost images from their best, with nothing learnt."""
         if not lost.any():
@@ -202,7 +204,7 @@ class Solver:
         ]
         return torch.stack([pair[0] for pair in kept]), torch.stack([pair[1] for pair in kept])
 
-    def _following(self, images: np.ndarray, x: Tensor, force: Tensor, along: np.ndarray, part: float) -> Tensor:
+    def _following(self, images: NDArray[Any], x: Tensor, force: Tensor, along: NDArray[Any], part: float) -> Tensor:
         """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
         speed, weights = self._weights(images, along, part)
         numbers = torch.from_numpy(-weights).to(x)
@@ -212,7 +214,7 @@ class Solver:
             made[row].flatten().addmv_(self._pairs[image].mT, numbers[row])
         return made
 
-    def _weights(self, images: np.ndarray, along: np.ndarray, part: float) -> tuple[np.ndarray, np.ndarray]:
+    def _weights(self, images: NDArray[Any], along: NDArray[Any], part: float) -> tuple[NDArray[Any], NDArray[Any]]:
         """By what F, with shape (k), and the pairs, (k, 2 M), make up the step.
 
         At this level a pair's change of F is :math:`(1 - c) dx + c t (dF - (1 - c') dx) / c'`, c' the part it was
@@ -239,7 +241,7 @@ class Solver:
         return speed, step
 
 
-def turned(slope: np.ndarray, sigma: np.ndarray | float, to_sigma: np.ndarray | float) -> np.ndarray:
+def turned(slope: NDArray[Any], sigma: NDArray[Any] | float, to_sigma: NDArray[Any] | float) -> NDArray[Any]:
     """By what J grows along a vector from one level to another, if the model is a Gaussian prior's along it.
 
     There :math:`J = v / (v + s^2)`, v the prior's variance.
@@ -250,12 +252,12 @@ def turned(slope: np.ndarray, sigma: np.ndarray | float, to_sigma: np.ndarray | 
         return np.where(slope <= 0, np.square(sigma / to_sigma), np.where(slope < 1, inside, 1.0))
 
 
-def some(x: Tensor, rows: np.ndarray) -> Tensor:
+def some(x: Tensor, rows: NDArray[Any]) -> Tensor:
     """These rows; x itself if they are all."""
     return x if len(rows) == len(x) else x[torch.from_numpy(rows).to(x.device)]
 
 
-def _within(reach: float, centre: Tensor, images: np.ndarray, x: Tensor) -> Tensor:
+def _within(reach: float, centre: Tensor, images: NDArray[Any], x: Tensor) -> Tensor:
     """x, pulled towards the centre where it is further than ``reach`` (RMS) from it."""
     if reach == np.inf:
         return x

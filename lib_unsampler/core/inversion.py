@@ -44,8 +44,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .fixedpoint import Evaluate, Solved, Solver, some
@@ -260,7 +260,7 @@ class Step:
     def onto(self, y: Tensor) -> Evaluate:
         """F for some images of the batch, with the D and the model calls of its evaluation."""
 
-        def evaluate(x: Tensor, images: np.ndarray) -> tuple[Tensor, Tensor, int]:
+        def evaluate(x: Tensor, images: NDArray[Any]) -> tuple[Tensor, Tensor, int]:
             chosen = None if len(images) == len(y) else torch.from_numpy(images)
             if self._weight is not None:
                 d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
@@ -382,7 +382,8 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y, past = self._source.to(self._like).contiguous(), []
+        y = self._source.to(self._like).contiguous()
+        past: list[tuple[Tensor, Tensor]] = []
         weights = self._weights()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:

@@ -23,9 +23,11 @@ mixes answers of four levels with alternating signs, converges too slowly from a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .fixedpoint import CAUTION, PROGRESS, Solved
@@ -56,7 +58,7 @@ def extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise
     return d0 if s0 == s1 else torch.lerp(d1, d0, float((sigma / s1).log() / (s0 / s1).log()))
 
 
-def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
     r""":math:`\alpha` and :math:`\gamma`, asked of the sampler's function: one run over the space of coefficients.
 
     Component 0 of its state stands for the start, component 1 + j for the answer of call j.
@@ -95,7 +97,7 @@ class Joint:
     """
 
     def __init__(
-        self, steps: tuple[np.ndarray, np.ndarray], answer: Answer, source: Tensor, sigmas: Tensor, scales: Tensor
+        self, steps: tuple[NDArray[Any], NDArray[Any]], answer: Answer, source: Tensor, sigmas: Tensor, scales: Tensor
     ) -> None:
         """A stack of which no level has begun.
 
@@ -165,12 +167,14 @@ class Joint:
         here = torch.from_numpy(self.residual[0] > tolerance)[:, None].to(self.x.device)
         self.d[0] = self._called_d[0] = torch.where(here, first.denoised.flatten(1).to(self.x), self._source)
 
-    def _beyond(self, front: int) -> np.ndarray:
+    def _beyond(self, front: int) -> NDArray[Any]:
         """The slopes t of the answers above the front, :math:`D_q = D_f + t_q (D_f - D_{f-1})`."""
         above = np.log(self._sigmas[front + 1 :] / self._sigmas[front])
-        return above / np.log(self._sigmas[front] / self._sigmas[front - 1]) if front > 0 else 0 * above
+        if front == 0:
+            return np.zeros_like(above)
+        return np.asarray(above / np.log(self._sigmas[front] / self._sigmas[front - 1]))
 
-    def _seen(self, front: int) -> np.ndarray:
+    def _seen(self, front: int) -> NDArray[Any]:
         """The weights of the answers up to the front, where those above are extrapolated from them."""
         seen, above, slopes = self._weights[:, : front + 1].copy(), self._weights[:, front + 1 :], self._beyond(front)
         seen[:, front] += above @ (1 + slopes)
@@ -189,7 +193,7 @@ class Joint:
             torch.sub(self.x[place - 1], known, out=self.x[place]).div_(self._start[place])
             self._rate[place] = np.maximum(self._rate[place - 1], 0.1)
 
-    def _asked(self, front: int, tolerance: float) -> np.ndarray:
+    def _asked(self, front: int, tolerance: float) -> NDArray[Any]:
         """Which levels of which images are in too much doubt: new ones, and those that a call can tell more about."""
         doubt = self._doubt()
         known = np.where(np.isfinite(doubt), doubt, 0)
@@ -198,10 +202,10 @@ class Joint:
         nearing = telling & ((self._fails < FAILURES) | (self._rate * self._moved > NOISE * self._floor))
         return np.where(nearing.any(0) | (front + 1 < len(telling)), nearing, telling)
 
-    def _doubt(self) -> np.ndarray:
-        return self._bearing[:, None] * self._rate * self._moved
+    def _doubt(self) -> NDArray[Any]:
+        return np.asarray(self._bearing[:, None] * self._rate * self._moved)
 
-    def _round(self, asked: np.ndarray, front: int, tolerance: float) -> tuple[Tensor, int]:
+    def _round(self, asked: NDArray[Any], front: int, tolerance: float) -> tuple[Tensor, int]:
         r"""Calls the model, learns, and looks at what the steps miss.
 
         Returns:
@@ -224,7 +228,7 @@ class Joint:
         self.residual[: front + 1] = self._missed[: front + 1] + np.where(np.isfinite(doubt), doubt, 0)
         return force, low
 
-    def _moving(self, tolerance: float) -> np.ndarray:
+    def _moving(self, tolerance: float) -> NDArray[Any]:
         return self._active & ~self._held & ~(self.residual <= SETTLED * tolerance)
 
     def _lowest(self, front: int, tolerance: float) -> int:
@@ -233,11 +237,11 @@ class Joint:
         self._secants.window(np.where(self._active, np.argmax(moving, 0), front), front)
         return max(0, int(np.argmax(moving.any(1))) - 1)
 
-    def _call(self, places: np.ndarray, images: np.ndarray) -> Tensor:
+    def _call(self, places: NDArray[Any], images: NDArray[Any]) -> Tensor:
         """Asks the model; returns by how much its answers differ from what was predicted."""
         rows = torch.from_numpy(places * self._shape[0] + images).to(self.x.device)
         x, predicted = self.x.flatten(0, 1)[rows], self.d.flatten(0, 1)[rows]
-        d = self._answer(x.unflatten(1, self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
+        d = self._answer(x.reshape(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
         moves, changes = (now - kept.flatten(0, 1)[rows] for now, kept in ((x, self._called_x), (d, self._called_d)))
         for k, (place, image) in enumerate(zip(places, images)):
             if 0 < self._moved[place, image] < np.inf:
@@ -246,9 +250,10 @@ class Joint:
         for kept, now in ((self._called_x, x), (self._called_d, d), (self.d, d)):
             kept.flatten(0, 1)[rows] = now
         self.calls[places, images] += 1
-        return torch.linalg.vector_norm(d - predicted, dim=1)
+        error: Tensor = torch.linalg.vector_norm(d - predicted, dim=1)
+        return error
 
-    def _judge(self, places: np.ndarray, images: np.ndarray, error: np.ndarray) -> None:
+    def _judge(self, places: NDArray[Any], images: NDArray[Any], error: NDArray[Any]) -> None:
         """How much D's prediction erred, for the move, and whether that is getting less."""
         at = places, images
         seen = np.isfinite(self._moved[at]) & (self._moved[at] > 0)

@@ -7,9 +7,11 @@ each other and added up, by numbers found from their products: so the device has
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .fixedpoint import Sample, turned
@@ -32,11 +34,11 @@ class Steps:
     """
 
     low: int
-    start: np.ndarray
-    weights: np.ndarray
-    moving: np.ndarray
+    start: NDArray[Any]
+    weights: NDArray[Any]
+    moving: NDArray[Any]
 
-    def inverted(self, scalars: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def inverted(self, scalars: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """With each J a scalar, what forces do to states, and what answers do; both (B, N, N)."""
         count = len(self.start)
         moving = self.moving[:, :, None]
@@ -57,16 +59,16 @@ class Kriged:
         scalar: j, with shape (B, N).
     """
 
-    slots: np.ndarray
-    scale: np.ndarray
-    inverse: np.ndarray
-    scalar: np.ndarray
+    slots: NDArray[Any]
+    scale: NDArray[Any]
+    inverse: NDArray[Any]
+    scalar: NDArray[Any]
 
 
 class Secants:
     """The secants of a batch of B images, each level's in MEMORY slots of its own."""
 
-    def __init__(self, source: Tensor, sigmas: np.ndarray) -> None:
+    def __init__(self, source: Tensor, sigmas: NDArray[Any]) -> None:
         """``source`` has shape (B, values)."""
         size, values = source.shape
         slots = MEMORY * len(sigmas)
@@ -90,7 +92,7 @@ class Secants:
         self._stored[image, place] += 1
         self._new[image].append(slot)
 
-    def window(self, lowest: np.ndarray, front: int) -> None:
+    def window(self, lowest: NDArray[Any], front: int) -> None:
         """From now on only what bears on levels from ``lowest``, with shape (B), to the front counts, or is kept."""
         first = np.maximum(0, lowest - BELOW)
         self._stored[np.arange(self._stored.shape[1]) < first[:, None]] = 0
@@ -106,7 +108,7 @@ class Secants:
             parts += [u[new] @ fresh, u[new] @ other, v[new] @ fresh, force[:, image] @ fresh]
         return [part.flatten() for part in parts]
 
-    def learn(self, products: np.ndarray, rows: int) -> None:
+    def learn(self, products: NDArray[Any], rows: int) -> None:
         """Takes in what :meth:`products` gave, looked at; ``rows`` is the number of forces, N."""
         at, count = self._slots, self._slots.stop - self._slots.start
         self._forces = np.zeros((len(self._new), self._uu.shape[1], rows))
@@ -135,7 +137,7 @@ class Secants:
             d.addcmul_(x, scalar)
         return change
 
-    def _added(self, kriged: Kriged, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _added(self, kriged: Kriged, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """:math:`(V - j U)` times weights, as numbers by which the window's u's and v's are added: both (B, N, ...)."""
         of_u, of_v = np.zeros((2, *weights.shape[:2], self._uu.shape[1]))
         levels = np.arange(weights.shape[1])[:, None]
@@ -143,7 +145,7 @@ class Secants:
         of_v[:, levels, kriged.slots] = kriged.scale * weights
         return of_u[..., self._slots], of_v[..., self._slots]
 
-    def _weights(self, kriged: Kriged, inverse: np.ndarray, lever: np.ndarray) -> np.ndarray:
+    def _weights(self, kriged: Kriged, inverse: NDArray[Any], lever: NDArray[Any]) -> NDArray[Any]:
         r""":math:`(U^\top U + \varepsilon)^{-1} U^\top \delta` of every level, with shape (B, N, L)."""
         size, count, width = kriged.scale.shape
         flat = kriged.slots.ravel()
