@@ -178,7 +178,7 @@ class Solver:
                 for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before[:2]):
                     torch.sub(now[row], old[row], out=vector.view_as(now[row]))
                 self._sampled[image, 2 * slot : 2 * slot + 2] = self._sample.of(self._pairs[image, 2 * slot :][:2])
-            rows = torch.from_numpy(images)[:, None], torch.from_numpy(2 * slots[:, None] + [0, 1])
+            rows = uploaded(images[:, None], x), uploaded(2 * slots[:, None] + [0, 1], x)
             fresh.append(self._sampled[rows])
             self._parts[images, slots], self._turn[images, slots], self._known[images, slots] = part, 1.0, True
             self._count[images] += 1
@@ -207,10 +207,10 @@ class Solver:
     def _following(self, images: NDArray[Any], x: Tensor, force: Tensor, along: NDArray[Any], part: float) -> Tensor:
         """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
         speed, weights = self._weights(images, along, part)
-        numbers = torch.from_numpy(-weights).to(x)
+        numbers = uploaded(-weights, x)
         made = torch.empty_like(x)
         for row, image in enumerate(images):
-            torch.sub(x[row], force[row], alpha=speed[row], out=made[row])
+            torch.sub(x[row], force[row], alpha=float(speed[row]), out=made[row])
             made[row].flatten().addmv_(self._pairs[image].mT, numbers[row])
         return made
 
@@ -252,9 +252,15 @@ def turned(slope: NDArray[Any], sigma: NDArray[Any] | float, to_sigma: NDArray[A
         return np.where(slope <= 0, np.square(sigma / to_sigma), np.where(slope < 1, inside, 1.0))
 
 
+def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:
+    """Numbers on a tensor's device, without waiting for it: whole ones as they are, others in its precision."""
+    made = torch.from_numpy(numbers)
+    return (made.to(like.dtype) if made.is_floating_point() else made).to(like.device, non_blocking=like.is_cuda)
+
+
 def some(x: Tensor, rows: NDArray[Any]) -> Tensor:
     """These rows; x itself if they are all."""
-    return x if len(rows) == len(x) else x[torch.from_numpy(rows).to(x.device)]
+    return x if len(rows) == len(x) else x[uploaded(rows, x)]
 
 
 def _within(reach: float, centre: Tensor, images: NDArray[Any], x: Tensor) -> Tensor:

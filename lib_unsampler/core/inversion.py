@@ -14,8 +14,8 @@ Two solvers, over the same k-diffusion samplers:
   by Anderson-accelerated fixed-point iteration (Walker & Ni 2011), started from what the solved levels
   predict, with what they taught about the model's Jacobian. Sampling again then gives the source. The step is
   taken by the sampler's own function, so every deterministic one-step sampler is served by one solver. DPM++ 2M,
-  whose step also looks at D one level above, is solved for all levels jointly, in sweeps: several times the
-  calls, the levels handed over at the end, and under strong guidance not always converging (the images say so).
+  whose step also looks at D one level above, is solved for all levels jointly (:mod:`.joint`), at about half as
+  many calls again, and the levels are handed over at the end.
   Each image of a batch converges by itself, and costs no call once it has.
 
 A schedule that ends above 0 has the source as its state there. On one that ends at 0 the
@@ -39,6 +39,7 @@ guidance scale, whose noises are no longer white.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import Evaluate, Solved, Solver, some
-from .joint import Joint, extrapolated, factors
+from .fixedpoint import Evaluate, Solved, Solver, some, uploaded
+from .joint import Joint, factors
 from .noising import signal_scale
 from .schedule import Levels
 
@@ -241,6 +242,12 @@ def unconverged(walked: Sequence[Level]) -> list[str]:
     ]
 
 
+def extrapolated(past: Sequence[tuple[float, Tensor]], sigma: float) -> Tensor:
+    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
+    (s0, d0), (s1, d1) = past[0], past[-1]
+    return d0 if s0 == s1 else torch.lerp(d1, d0, math.log(sigma / s1) / math.log(s0 / s1))
+
+
 class Step:
     """A sampler's step from one level, as what it misses (:mod:`.fixedpoint`'s F) and where to begin looking."""
 
@@ -276,7 +283,7 @@ class Step:
 
         return evaluate
 
-    def predicted(self, y: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def predicted(self, y: Tensor, sigma: float, past: list[tuple[float, Tensor]]) -> Tensor:
         r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
 
         With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
@@ -284,10 +291,10 @@ class Step:
         if not past:
             return y
         if self._weight is not None:
-            return torch.lerp(extrapolated(past, self._sigmas[0], y), y, 1 / (1 - self._weight))
+            return torch.lerp(extrapolated(past, sigma), y, 1 / (1 - self._weight))
 
         def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return extrapolated(past, sigma[0], x)
+            return extrapolated(past, float(sigma[0]))
 
         def nothing(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             return 0 * x
@@ -383,15 +390,15 @@ class _Run:
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y = self._source.to(self._like).contiguous()
-        past: list[tuple[Tensor, Tensor]] = []
+        past: list[tuple[float, Tensor]] = []
         weights = self._weights()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
                 step, scale = self._step(index, weights[index]), float(self._scale(sigmas[0]))
-                solved = solver.solve(step.onto(y), step.predicted(y, past), sigmas, scale)
-                past = [(sigmas[0], solved.denoised), *past][:2]
+                solved = solver.solve(step.onto(y), step.predicted(y, float(sigmas[0]), past), sigmas, scale)
+                past = [(float(sigmas[0]), solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
                 solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
             about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
@@ -405,7 +412,7 @@ class _Run:
         def denoise(x: Tensor, sigma: Tensor, stage: int, images: Tensor | None) -> Tensor:
             return self._denoise(x, sigma, first + stage, images)
 
-        return Step(denoise, self._function, self._schedule[index : index + 2].to(self._like), weight)
+        return Step(denoise, self._function, uploaded(self._schedule[index : index + 2].numpy(), self._like), weight)
 
     def _weights(self) -> dict[int, float | None]:
         """D's weight in the step from each visited level, where that makes one call."""
@@ -440,12 +447,12 @@ class _Run:
         """D of states of several levels, sorted by call: together where the model takes that, else by level."""
         stacked = getattr(self._model, "stacked", None)
         if stacked is not None:
-            return self._in_chunks(stacked, x, sigmas.to(self._like), torch.tensor(calls), torch.tensor(images))
+            return self._in_chunks(stacked, x, uploaded(sigmas.numpy(), x), torch.tensor(calls), torch.tensor(images))
         answers: list[Tensor] = []
         for call in sorted(set(calls), reverse=True):
-            at = [k for k, other in enumerate(calls) if other == call]
-            chosen = None if len(at) == len(self._source) else torch.tensor([images[k] for k in at])
-            answers.append(self._denoise(x[at], sigmas[at], call, chosen))
+            at = slice(calls.index(call), calls.index(call) + calls.count(call))
+            chosen = None if calls.count(call) == len(self._source) else torch.tensor(images[at])
+            answers.append(self._denoise(x[at], uploaded(sigmas[at].numpy(), x), call, chosen))
         return torch.cat(answers)
 
     def _in_chunks(self, stacked: Callable[..., Tensor], x: Tensor, *about: Tensor) -> Tensor:

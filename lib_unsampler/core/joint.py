@@ -22,7 +22,7 @@ mixes answers of four levels with alternating signs, converges too slowly from a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import CAUTION, PROGRESS, Solved
+from .fixedpoint import CAUTION, PROGRESS, Solved, uploaded
 from .secants import Secants, Steps
 
 Answer = Callable[[Tensor, "list[int]", "list[int]"], Tensor]
@@ -48,14 +48,6 @@ unless it is expected to miss by NOISE times the least that it has missed."""
 
 PATIENCE = 3
 """Rounds without progress after which an image is left as it is."""
-
-
-def extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise: Tensor) -> Tensor:
-    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
-    if not past:
-        return otherwise
-    (s0, d0), (s1, d1) = past[0], past[-1]
-    return d0 if s0 == s1 else torch.lerp(d1, d0, float((sigma / s1).log() / (s0 / s1).log()))
 
 
 def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -188,9 +180,9 @@ class Joint:
         else:
             newest, change = self.d[place - 1], self.d[place - 1] - self.d[max(place - 2, 0)]
             slopes, weights = self._beyond(place - 1), self._weights[place, place:]
-            torch.add(newest, change, alpha=slopes[0], out=self.d[place])
-            known = weights.sum() * newest + (weights @ slopes) * change
-            torch.sub(self.x[place - 1], known, out=self.x[place]).div_(self._start[place])
+            torch.add(newest, change, alpha=float(slopes[0]), out=self.d[place])
+            known = float(weights.sum()) * newest + float(weights @ slopes) * change
+            torch.sub(self.x[place - 1], known, out=self.x[place]).div_(float(self._start[place]))
             self._rate[place] = np.maximum(self._rate[place - 1], 0.1)
 
     def _asked(self, front: int, tolerance: float) -> NDArray[Any]:
@@ -239,7 +231,7 @@ class Joint:
 
     def _call(self, places: NDArray[Any], images: NDArray[Any]) -> Tensor:
         """Asks the model; returns by how much its answers differ from what was predicted."""
-        rows = torch.from_numpy(places * self._shape[0] + images).to(self.x.device)
+        rows = uploaded(places * self._shape[0] + images, self.x)
         x, predicted = self.x.flatten(0, 1)[rows], self.d.flatten(0, 1)[rows]
         d = self._answer(x.reshape(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
         moves, changes = (now - kept.flatten(0, 1)[rows] for now, kept in ((x, self._called_x), (d, self._called_d)))
@@ -270,9 +262,9 @@ class Joint:
         force = torch.empty_like(self.x[low : front + 1])
         for row, place in zip(force, range(low, front + 1)):
             below = self.x[place - 1] if place else self._source
-            torch.sub(below, self.x[place], alpha=self._start[place], out=row)
+            torch.sub(below, self.x[place], alpha=float(self._start[place]), out=row)
             for column in np.flatnonzero(np.abs(weights[place]) > 1e-12):
-                row.sub_(self.d[column], alpha=weights[place, column])
+                row.sub_(self.d[column], alpha=float(weights[place, column]))
         return force
 
     def _improve(self, force: Tensor, low: int, front: int, tolerance: float) -> None:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import Sample, turned
+from .fixedpoint import Sample, turned, uploaded
 
 MEMORY, BELOW = 4, 2
 """Secants kept of a level, and levels below whose secants a level uses too."""
@@ -105,7 +105,8 @@ class Secants:
         for image, new in enumerate(self._new):
             u, v = self._small_u[image], self._small_v[image]
             fresh, other = u[self._slots].mT, v[self._slots].mT
-            parts += [u[new] @ fresh, u[new] @ other, v[new] @ fresh, force[:, image] @ fresh]
+            rows = uploaded(np.array(new, int), u)
+            parts += [u[rows] @ fresh, u[rows] @ other, v[rows] @ fresh, force[:, image] @ fresh]
         return [part.flatten() for part in parts]
 
     def learn(self, products: NDArray[Any], rows: int) -> None:
@@ -128,7 +129,7 @@ class Secants:
         kriged = self._kriged(steps.low, len(force))
         inverse, lever = steps.inverted(kriged.scalar)
         of_u, of_v = self._added(kriged, self._weights(kriged, inverse, lever) * steps.moving[:, :, None])
-        numbers = [torch.from_numpy(each).to(force) for each in (inverse, -lever, kriged.scalar[..., None], of_u, of_v)]
+        numbers = [uploaded(each, force) for each in (inverse, -lever, kriged.scalar[..., None], of_u, of_v)]
         change = force.new_empty(len(of_u), 2, *force.shape[::2])
         for image, (x, d) in enumerate(change):
             to_force, to_added, scalar, to_u, to_v = (each[image] for each in numbers)
