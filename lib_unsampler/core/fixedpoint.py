@@ -1,20 +1,24 @@
 r"""Anderson-accelerated fixed-point iteration (Walker & Ni 2011), level after level, each image of a batch by itself.
 
-Float64 on the CPU throughout. F maps a state to what the sampler's step misses; see :mod:`.inversion`.
+F maps a state to what the sampler's step misses; see :mod:`.inversion`. The vectors stay in the latents' precision on
+their device, which is looked at once for each F; the algebra of their products is float64 on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .noising import append_dims
 
-MEMORY, CARRIED = 6, 3
-"""Secant pairs kept for each image at a level, and taken along to the next."""
+MEMORY = 3
+"""Secant pairs kept for each image, from level to level."""
 
 CAUTION, LEAST_RATE = 3.0, 0.01
 """An x is accepted without a call to check it if the residual would do at CAUTION times the worst rate of
@@ -27,18 +31,58 @@ PROGRESS, PATIENCE = 0.8, 6
 """Evaluations without a residual below PROGRESS of the best after which a level is left as it is; halfway
 there the solver begins again from the best."""
 
-Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
+SAMPLED, RUN = 2**13, 64
+"""About how many values of large latents products are taken of, in runs of how many."""
+
+Evaluate = Callable[[Tensor, NDArray[Any]], tuple[Tensor, Tensor, int]]
 """``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
 
 
 @dataclass
 class Solved:
-    """Each image's x, D(x), residual, and the model calls it took."""
+    """Each image's x, D(x), residual, and the model calls it took; the latter two on the CPU."""
 
     x: Tensor
     denoised: Tensor
     residual: Tensor
     calls: Tensor
+
+
+class Sample:
+    """The part of a large latent that products are taken of: runs of values, evenly spread.
+
+    They decide only how fast the iteration converges; the residual is of all values.
+    """
+
+    def __init__(self, values: int, about: int = SAMPLED) -> None:
+        self._every = max(1, values // about)
+        self.size = values if self._every == 1 else len(range(0, values // RUN, self._every)) * RUN
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of vectors with shape (..., values), as (..., size)."""
+        if self._every == 1:
+            return x
+        whole = x[..., : x.shape[-1] // RUN * RUN].reshape(*x.shape[:-1], -1, RUN)
+        return whole[..., :: self._every, :].flatten(-2)
+
+
+class Best:
+    """The nearest that each image has come: x, F(x), D(x) and the residual."""
+
+    def __init__(self, guess: Tensor) -> None:
+        self.x, self.force, self.denoised = list(guess), list(guess), list(guess)
+        self.residual = np.full(len(guess), np.inf)
+
+    def keep(self, images: NDArray[Any], rows: NDArray[Any], residual: NDArray[Any], *of: Tensor) -> None:
+        """``of``: x, F and D, whose ``rows`` are those of the images."""
+        self.residual[images] = residual
+        for image, row in zip(images, rows):
+            self.x[image], self.force[image], self.denoised[image] = (tensor[row] for tensor in of)
+
+    def solved(self, calls: NDArray[Any]) -> Solved:
+        """All images."""
+        x, denoised = (torch.stack(all_) if len(all_) > 1 else all_[0][None] for all_ in (self.x, self.denoised))
+        return Solved(x, denoised, torch.from_numpy(self.residual), torch.from_numpy(calls))
 
 
 class Solver:
@@ -49,103 +93,180 @@ class Solver:
     the model is taken for a Gaussian prior's, :math:`J = v / (v + s^2)`.
     """
 
-    def __init__(self, source: Tensor, tolerance: float, max_calls: int, memory: int = MEMORY) -> None:
-        """``source`` has the batch's shape; ``tolerance`` and ``max_calls`` may be set anew before each level."""
+    def __init__(self, source: Tensor, tolerance: float, max_calls: int) -> None:
+        """``source`` has the batch's shape, precision and device."""
         self.tolerance = tolerance
         self.max_calls = max_calls
-        self._memory = memory
-        shape = (len(source), memory, source[0].numel())
-        self._moves = torch.zeros(shape).double()
-        self._answers = torch.zeros(shape).double()  # J dx
-        self._count = torch.zeros(len(source)).long()  # pairs ever kept, of each image
-        self._floor = torch.zeros(len(source)).double()  # the residual below which the model only gives noise
-        self._sigma: Tensor | None = None
+        size = len(source)
+        self._pairs = source.new_zeros(size, 2 * MEMORY, source[0].numel())  # dx and dF in turn
+        self._sample = Sample(source[0].numel())
+        self._sampled = source.new_zeros(size, 2 * MEMORY, self._sample.size)
+        self._products = np.zeros((size, 2 * MEMORY, 2 * MEMORY))
+        self._parts = np.ones((size, MEMORY))  # c of the level that a pair was learnt at
+        self._turn = np.ones((size, MEMORY))  # by what J has grown since along dx
+        self._known = np.zeros((size, MEMORY), bool)
+        self._count = np.zeros(size, int)  # pairs ever kept, of each image
+        self._floor = np.zeros(size)  # the residual below which the model only gives noise
+        self._sigma = 0.0
+        self._ridge = max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
 
-    def solve(
-        self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float, images: Tensor | None = None
-    ) -> Solved:
-        """Each image's x, D(x), residual, and the model calls it took; those of other images stay as guessed."""
-        self._turn_to(sigmas[0])
-        part = float(1 - sigmas[1] / sigmas[0])
-        enough = torch.maximum(2 * self._floor, torch.tensor(self.tolerance).double())
-        reach = IMPLAUSIBLE * float(sigmas[0]) if sigmas[1] == 0 else torch.inf
-        size = len(guess)
-        best = Solved(guess.clone(), guess.clone(), torch.full((size,), torch.inf).double(), torch.zeros(size).int())
-        forces = torch.zeros_like(guess)  # F at the best x
-        stale, rates = torch.zeros(size).int(), torch.full((size,), LEAST_RATE).double()
-        images = torch.arange(size) if images is None else images
-        x = guess[images]
-        before: tuple[Tensor, Tensor, Tensor] | None = None
+    def solve(self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float) -> Solved:
+        """Each image's x, D(x), residual, and the model calls it took."""
+        above, below = sigmas.tolist()
+        self._turn_to(above)
+        part, reach = 1 - below / above, IMPLAUSIBLE * above if below == 0 else np.inf
+        enough, size = np.maximum(2 * self._floor, self.tolerance), len(guess)
+        best, calls = Best(guess), np.zeros(size, np.int32)
+        stale, rates = np.zeros(size, int), np.full(size, LEAST_RATE)
+        images, x = np.arange(size), guess
+        before: tuple[Tensor, Tensor, NDArray[Any]] | None = None
         while len(images):
-            force, denoised, calls = evaluate(x, images)
-            residual = force.flatten(1).square().mean(1).sqrt() / scale
-            best.calls[images] += calls
-            stale[images] = torch.where(residual < PROGRESS * best.residual[images], 0, stale[images] + 1).int()
-            better = residual < best.residual[images]
-            _keep(best, images[better], x[better], denoised[better], residual[better])
-            forces[images[better]] = force[better]
-            predicted = torch.full_like(residual, torch.inf)
+            force, denoised, made = evaluate(x, images)
+            calls[images] += made
+            residual, along = self._look(images, x, force, part, before)
+            residual /= scale
+            stale[images] = np.where(residual < PROGRESS * best.residual[images], 0, stale[images] + 1)
+            predicted = np.full(len(images), np.inf)
             if before is not None:
-                self._learn(images, x - before[0], force - before[1], part)
-                rates[images] = torch.maximum(rates[images], residual / before[2])
+                rates[images] = np.maximum(rates[images], residual / before[2])
                 predicted = residual * CAUTION * rates[images]
-            lost = stale[images] == PATIENCE // 2  # begin again from the best, with nothing learnt
-            self._moves[images[lost]] = self._answers[images[lost]] = 0
-            x, force = (torch.where(column(lost, x), kept[images], now) for kept, now in ((best.x, x), (forces, force)))
-            following = _within(reach, guess[images], x - self._step(images, force, part))
+            better = np.flatnonzero(residual < best.residual[images])
+            best.keep(images[better], better, residual[better], x, force, denoised)
+            lost = stale[images] == PATIENCE // 2
+            x, force = self._begun_again(images, lost, best, x, force)
+            following = self._following(images, x, force, along, part)
+            following = _within(reach, guess, images, following)
             done = residual <= enough[images]
             ahead = ~done & (predicted <= enough[images])
-            _keep(best, images[ahead], following[ahead], denoised[ahead], predicted[ahead])
+            rows = np.flatnonzero(ahead)
+            best.keep(images[rows], rows, predicted[rows], following, force, denoised)
             stuck = ~done & ~ahead & (stale[images] >= PATIENCE)
-            if sigmas[1] > 0:
+            if below > 0:
                 self._floor[images[stuck]] = best.residual[images[stuck]]
-            going = ~(done | ahead | stuck | (best.calls[images] + calls > self.max_calls))
-            before = (x[going], force[going], residual[going])
-            images, x = images[going], following[going]
-        return best
+            going = np.flatnonzero(~(done | ahead | stuck | (calls[images] + made > self.max_calls)))
+            before = (some(x, going), some(force, going), residual[going])
+            images, x = images[going], some(following, going)
+        return best.solved(calls)
 
-    def _turn_to(self, sigma: Tensor) -> None:
-        """Forgets all but each image's newest pairs and moves those to a new level."""
-        if self._sigma is not None:
-            age = (self._count[:, None] - 1 - torch.arange(self._memory)) % self._memory
-            self._moves[age >= CARRIED] = self._answers[age >= CARRIED] = 0
-            slope = (self._moves * self._answers).sum(2) / self._moves.square().sum(2)
-            variance = self._sigma**2 * slope / (1 - slope)
-            turned = torch.where(slope > 0, variance / (variance + sigma**2) / slope, (self._sigma / sigma) ** 2)
-            self._answers *= torch.where(slope < 1, turned, 1.0)[:, :, None]
+    def _turn_to(self, sigma: float) -> None:
+        """Moves what was learnt to a new level."""
+        if self._sigma:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                slope = self._slopes()
+                self._turn *= np.where(self._known, turned(slope, self._sigma, sigma), 1.0)
         self._sigma = sigma
 
-    def _learn(self, images: Tensor, move: Tensor, change: Tensor, part: float) -> None:
-        slots = self._count[images] % self._memory
-        self._moves[images, slots] = move.flatten(1)
-        self._answers[images, slots] = (change - (1 - part) * move).flatten(1) / part
-        self._count[images] += 1
+    def _slopes(self) -> NDArray[Any]:
+        """Each pair's dx . J dx, over dx . dx."""
+        moves = np.arange(0, 2 * MEMORY, 2)
+        ratio = self._products[:, moves, moves + 1] / self._products[:, moves, moves]
+        return np.asarray(self._turn * (ratio - (1 - self._parts)) / self._parts)
 
-    def _step(self, images: Tensor, force: Tensor, part: float) -> Tensor:
+    def _look(
+        self,
+        images: NDArray[Any],
+        x: Tensor,
+        force: Tensor,
+        part: float,
+        before: tuple[Tensor, Tensor, NDArray[Any]] | None,
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Keeps the newest pair, and looks at the RMS of F and at its products with the pairs, with shape (k, 2 M)."""
+        slots = self._count[images] % MEMORY
+        fresh = [self._sample.of(force.flatten(1))[:, None]]
+        if before is not None:
+            for row, (image, slot) in enumerate(zip(images, slots)):
+                for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before[:2]):
+                    torch.sub(now[row], old[row], out=vector.view_as(now[row]))
+                self._sampled[image, 2 * slot : 2 * slot + 2] = self._sample.of(self._pairs[image, 2 * slot :][:2])
+            rows = uploaded(images[:, None], x), uploaded(2 * slots[:, None] + [0, 1], x)
+            fresh.append(self._sampled[rows])
+            self._parts[images, slots], self._turn[images, slots], self._known[images, slots] = part, 1.0, True
+            self._count[images] += 1
+        along = torch.cat(fresh, 1) @ some(self._sampled, images).mT
+        sizes = torch.linalg.vector_norm(force.flatten(1), dim=1)
+        looked: NDArray[Any] = torch.cat([along.flatten(1), sizes[:, None]], 1).cpu().double().numpy()
+        products = looked[:, :-1].reshape(len(images), -1, 2 * MEMORY)
+        if before is not None:
+            at, across = images[:, None], 2 * slots[:, None] + [0, 1]
+            self._products[at, across] = products[:, 1:]
+            self._products[at, :, across] = products[:, 1:]
+        return looked[:, -1] / force[0].numel() ** 0.5, products[:, 0]
+
+    def _begun_again(
+        self, images: NDArray[Any], lost: NDArray[Any], best: Best, x: Tensor, force: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The lost images from their best, with nothing learnt."""
+        if not lost.any():
+            return x, force
+        self._known[images[lost]] = False
+        kept = [
+            (best.x[i], best.force[i]) if gone else (x[k], force[k]) for k, (i, gone) in enumerate(zip(images, lost))
+        ]
+        return torch.stack([pair[0] for pair in kept]), torch.stack([pair[1] for pair in kept])
+
+    def _following(self, images: NDArray[Any], x: Tensor, force: Tensor, along: NDArray[Any], part: float) -> Tensor:
         """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
-        moves = self._moves[images].mT
-        changes = (1 - part) * moves + part * self._answers[images].mT
-        sizes = changes.norm(dim=1, keepdim=True)
-        inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
-        moves, changes = moves * inverse, changes * inverse
-        flat = force.flatten(1)[:, :, None]
-        weights: Tensor = torch.linalg.pinv(changes.mT @ changes, rtol=1e-12, hermitian=True) @ (changes.mT @ flat)
-        newest = (self._count[images] - 1) % self._memory
-        speed = (moves * changes).sum(1)[torch.arange(len(images)), newest]
-        speed = torch.where(speed > 0, speed.clamp(0.1, 2.0), 1.0)[:, None, None]
-        return (speed * (flat - changes @ weights) + moves @ weights).reshape(force.shape)
+        speed, weights = self._weights(images, along, part)
+        numbers = uploaded(-weights, x)
+        made = torch.empty_like(x)
+        for row, image in enumerate(images):
+            torch.sub(x[row], force[row], alpha=float(speed[row]), out=made[row])
+            made[row].flatten().addmv_(self._pairs[image].mT, numbers[row])
+        return made
+
+    def _weights(self, images: NDArray[Any], along: NDArray[Any], part: float) -> tuple[NDArray[Any], NDArray[Any]]:
+        """By what F, with shape (k), and the pairs, (k, 2 M), make up the step.
+
+        At this level a pair's change of F is :math:`(1 - c) dx + c t (dF - (1 - c') dx) / c'`, c' the part it was
+        learnt at and t its turn.
+        """
+        growth = part * self._turn[images] / self._parts[images]
+        known = self._known[images]
+        makes = np.zeros((len(images), MEMORY, 2 * MEMORY))  # a pair's change from all dx and dF
+        slots = np.arange(MEMORY)
+        makes[:, slots, 2 * slots] = (1 - part - growth * (1 - self._parts[images])) * known
+        makes[:, slots, 2 * slots + 1] = growth * known
+        among = makes @ self._products[images] @ makes.swapaxes(1, 2)
+        sizes = np.sqrt(np.maximum(np.einsum("bii->bi", among), 0))
+        inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+        makes *= inverse[:, :, None]
+        among = among * inverse[:, :, None] * inverse[:, None, :]
+        weights = np.linalg.solve(among + self._ridge, makes @ along[:, :, None])
+        newest = (self._count[images] - 1) % MEMORY
+        rows = np.arange(len(images))
+        speed = np.einsum("bj,bj->b", self._products[images, 2 * newest], makes[rows, newest]) * inverse[rows, newest]
+        speed = np.where(speed > 0, np.clip(speed, 0.1, 2.0), 1.0)
+        step = -speed[:, None] * (weights.swapaxes(1, 2) @ makes)[:, 0]
+        step[:, ::2] += weights[:, :, 0] * inverse
+        return speed, step
 
 
-def _within(reach: float, centre: Tensor, x: Tensor) -> Tensor:
+def turned(slope: NDArray[Any], sigma: NDArray[Any] | float, to_sigma: NDArray[Any] | float) -> NDArray[Any]:
+    """By what J grows along a vector from one level to another, if the model is a Gaussian prior's along it.
+
+    There :math:`J = v / (v + s^2)`, v the prior's variance.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        variance = np.square(sigma) * slope / (1 - slope)
+        inside = variance / (variance + np.square(to_sigma)) / slope
+        return np.where(slope <= 0, np.square(sigma / to_sigma), np.where(slope < 1, inside, 1.0))
+
+
+def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:
+    """Numbers on a tensor's device, without waiting for it: whole ones as they are, others in its precision."""
+    made = torch.from_numpy(numbers)
+    return (made.to(like.dtype) if made.is_floating_point() else made).to(like.device, non_blocking=like.is_cuda)
+
+
+def some(x: Tensor, rows: NDArray[Any]) -> Tensor:
+    """These rows; x itself if they are all."""
+    return x if len(rows) == len(x) else x[uploaded(rows, x)]
+
+
+def _within(reach: float, centre: Tensor, images: NDArray[Any], x: Tensor) -> Tensor:
     """x, pulled towards the centre where it is further than ``reach`` (RMS) from it."""
+    if reach == np.inf:
+        return x
+    centre = some(centre, images)
     away = (x - centre).flatten(1).square().mean(1).sqrt()
-    return centre + column((reach / away).clamp_max(1.0), x) * (x - centre) if reach < torch.inf else x
-
-
-def column(of: Tensor, like: Tensor) -> Tensor:
-    """One value for each image, shaped to multiply a batch."""
-    return append_dims(of, like.ndim)
-
-
-def _keep(best: Solved, images: Tensor, x: Tensor, denoised: Tensor, residual: Tensor) -> None:
-    best.x[images], best.denoised[images], best.residual[images] = x, denoised, residual
+    return centre + append_dims((reach / away).clamp_max(1.0), x.ndim) * (x - centre)

@@ -14,8 +14,8 @@ Two solvers, over the same k-diffusion samplers:
   by Anderson-accelerated fixed-point iteration (Walker & Ni 2011), started from what the solved levels
   predict, with what they taught about the model's Jacobian. Sampling again then gives the source. The step is
   taken by the sampler's own function, so every deterministic one-step sampler is served by one solver. DPM++ 2M,
-  whose step also looks at D one level above, is solved for all levels jointly, in sweeps: several times the
-  calls, the levels handed over at the end, and under strong guidance not always converging (the images say so).
+  whose step also looks at D one level above, is solved for all levels jointly (:mod:`.joint`), at about half as
+  many calls again, and the levels are handed over at the end.
   Each image of a batch converges by itself, and costs no call once it has.
 
 A schedule that ends above 0 has the source as its state there. On one that ends at 0 the
@@ -26,22 +26,31 @@ what is lost, and the round trip loses about that much.
 Half-precision models converge as far as their rounding lets them: the solver stops where it gets no nearer.
 
 Sigma is in the model's space; flow models obey the same equations (k-diffusion's :math:`d = (x - D) / s` is
-their velocity). The solvers' own arithmetic is float64; that of ``exact`` is on the CPU, where each iteration's
-residual has to be looked at anyway, while ``reverse`` waits for the device only where k-diffusion does. The model
-sees float32, or the latent's dtype if that is wider.
+their velocity). The latents stay on their device: ``exact`` works in float32, or their dtype if that is wider, and
+looks at the device once an iteration; ``reverse`` works in float64 and waits only where k-diffusion does.
+
+Samplers that add noise have no inverse: their step maps a state and fresh noise onto the next state, so a picture has
+one start for every choice of noises. What can be done is one of two things. The deterministic kin (KIN), which solves
+the probability-flow ODE of the same marginals, gives the one z from which *it* comes back; the SDE sampler itself,
+started from that z, gives another picture of the same distribution, nearer the source the less noise it adds. Or z at
+every level is drawn first and the noises solved for that lead the sampler through them: :mod:`.replay`, exact at any
+guidance scale, whose noises are no longer white.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import Evaluate, Solved, Solver
-from .joint import Joint, extrapolated
+from .fixedpoint import Evaluate, Solved, Solver, some, uploaded
+from .joint import Joint, factors
 from .noising import signal_scale
 from .schedule import Levels
 
@@ -73,10 +82,33 @@ class Model(Protocol):
     from the noisiest visited level down, from 0 (step i of a two-call sampler makes calls 2 i and 2 i + 1):
     it is the forward call that this one mirrors, by which hosts look up prompt editing, the refiner and the
     negative guidance minimum sigma. ``images`` with shape (b) are the batch's images that x holds; None is all.
+
+    A model whose conditions do not depend on the call may also offer ``stacked(x, sigma, calls, images)``, with
+    calls and images of shape (b): states of several levels in one batch. It is given as many as its memory has held
+    so far: all of a round at first, and half of what it raised ``torch.cuda.OutOfMemoryError`` for.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
         """D(x; sigma) of these images."""
+
+
+class Unnumbered:
+    """A denoiser ``model(x, sigma)`` as :class:`Model`, whose answers depend on nothing else; it counts its calls."""
+
+    def __init__(self, denoiser: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """``denoiser`` takes any batch."""
+        self._denoiser = denoiser
+        self.calls = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        """D of one level."""
+        self.calls += 1
+        return self._denoiser(x, sigma)
+
+    def stacked(self, x: Tensor, sigma: Tensor, calls: Tensor, images: Tensor) -> Tensor:
+        """D of several levels in one batch."""
+        self.calls += 1
+        return self._denoiser(x, sigma)
 
 
 class InversionError(ValueError):
@@ -143,7 +175,7 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     if name not in CALLS:
         raise InversionError(f"sampler: {sampler!r} can not be inverted; choose one of {', '.join(CALLS)}")
     if name not in served or (solver == "exact" and name in JOINT and name != sampler):
-        name = "euler"  # a sampler with noise gains nothing from the joint solver's many calls
+        name = "euler"  # a sampler with noise gains nothing from the joint solver's calls
     if name == sampler:
         return name, None
     why = "adds noise at each step" if sampler in KIN else "looks back over several steps"
@@ -210,8 +242,69 @@ def unconverged(walked: Sequence[Level]) -> list[str]:
     ]
 
 
+def extrapolated(past: Sequence[tuple[float, Tensor]], sigma: float) -> Tensor:
+    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
+    (s0, d0), (s1, d1) = past[0], past[-1]
+    return d0 if s0 == s1 else torch.lerp(d1, d0, math.log(sigma / s1) / math.log(s0 / s1))
+
+
+class Step:
+    """A sampler's step from one level, as what it misses (:mod:`.fixedpoint`'s F) and where to begin looking."""
+
+    def __init__(
+        self, denoise: Callable[..., Tensor], function: Callable[..., Tensor], sigmas: Tensor, weight: float | None
+    ) -> None:
+        """The step from ``sigmas[0]`` to ``sigmas[1]``.
+
+        Arguments:
+            denoise: ``(x, sigma, stage, images) -> D``; stage counts the step's calls.
+            function: The sampler's.
+            sigmas: Of its start and its end, like the states.
+            weight: D's in a step of one call, :math:`(1 - w) x + w D`; None for others.
+        """
+        self._denoise, self._function, self._sigmas, self._weight = denoise, function, sigmas, weight
+
+    def onto(self, y: Tensor) -> Evaluate:
+        """F for some images of the batch, with the D and the model calls of its evaluation."""
+
+        def evaluate(x: Tensor, images: NDArray[Any]) -> tuple[Tensor, Tensor, int]:
+            chosen = None if len(images) == len(y) else torch.from_numpy(images)
+            if self._weight is not None:
+                d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
+                return torch.lerp(x, d, self._weight).sub_(some(y, images)), d, 1
+            estimates: list[Tensor] = []
+
+            def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+                estimates.append(self._denoise(x, sigma, len(estimates), chosen))
+                return estimates[-1]
+
+            reached = self._function(denoise, x, self._sigmas, extra_args={}, disable=True)
+            return reached - some(y, images), estimates[0], len(estimates)
+
+        return evaluate
+
+    def predicted(self, y: Tensor, sigma: float, past: list[tuple[float, Tensor]]) -> Tensor:
+        r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+
+        With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
+        """
+        if not past:
+            return y
+        if self._weight is not None:
+            return torch.lerp(extrapolated(past, sigma), y, 1 / (1 - self._weight))
+
+        def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return extrapolated(past, float(sigma[0]))
+
+        def nothing(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return 0 * x
+
+        slope = self._function(nothing, y.new_ones(1, 1), self._sigmas, extra_args={}, disable=True).item()
+        return y + (y - self._function(said, y, self._sigmas, extra_args={}, disable=True)) / slope
+
+
 class _Run:
-    """One inversion: the sampler's function on float64 states, the model where it lives."""
+    """One inversion: the sampler's function, and the model."""
 
     def __init__(
         self,
@@ -232,10 +325,11 @@ class _Run:
         self._per_step = calls_per_step
         self._prediction = prediction
         self._visit = visit
+        self._chunk = sys.maxsize
 
     def _denoise(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
         denoised = self._model(x.to(self._like), sigma.to(self._like), call, images)
-        return denoised.detach().cpu().double()
+        return denoised.detach().to(self._like).contiguous()
 
     def _hand_over(self, index: int, z: Tensor, denoised: Tensor | None, **about: Any) -> None:
         shown = None if denoised is None else denoised.to(self._like)
@@ -295,69 +389,85 @@ class _Run:
 
     def exact(self, tolerance: float, max_calls: int) -> Tensor:
         """The states that the sampler's own steps map onto one another and onto the source."""
-        y = self._source.cpu().double()
-        past: list[tuple[Tensor, Tensor]] = []
+        y = self._source.to(self._like).contiguous()
+        past: list[tuple[float, Tensor]] = []
+        weights = self._weights()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             sigmas = self._schedule[index : index + 2]
             if sigmas[0] > sigmas[1]:
-                scale = float(self._scale(sigmas[0]))
-                solved = solver.solve(self._step_onto(index, y), self._predicted(y, sigmas, past), sigmas, scale)
-                past = [(sigmas[0], solved.denoised), *past][:2]
+                step, scale = self._step(index, weights[index]), float(self._scale(sigmas[0]))
+                solved = solver.solve(step.onto(y), step.predicted(y, float(sigmas[0]), past), sigmas, scale)
+                past = [(float(sigmas[0]), solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
                 solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
             about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
             self._hand_over(index, solved.x, solved.denoised, **about)
             y = solved.x
-        return y.to(self._like)
+        return y
 
-    def _step_onto(self, index: int, y: Tensor) -> Evaluate:
-        """F for some images of the batch, with the D and the model calls of its evaluation."""
-        sigmas = self._schedule[index : index + 2]
+    def _step(self, index: int, weight: float | None) -> Step:
         first = self._per_step * (index - self._levels.visited[-1])
 
-        def evaluate(x: Tensor, images: Tensor) -> tuple[Tensor, Tensor, int]:
-            some = None if len(images) == len(y) else images
-            estimates: list[Tensor] = []
+        def denoise(x: Tensor, sigma: Tensor, stage: int, images: Tensor | None) -> Tensor:
+            return self._denoise(x, sigma, first + stage, images)
 
-            def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-                estimates.append(self._denoise(x, sigma, first + len(estimates), some))
-                return estimates[-1]
+        return Step(denoise, self._function, uploaded(self._schedule[index : index + 2].numpy(), self._like), weight)
 
-            reached = self._function(denoise, x, sigmas, extra_args={}, disable=True)
-            return reached - y[images], estimates[0], len(estimates)
-
-        return evaluate
-
-    def _predicted(self, y: Tensor, sigmas: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
-        r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
-
-        With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
-        """
-        if not past:
-            return y
-
-        def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return extrapolated(past, sigma[0], x)
-
-        one = torch.ones(1, 1).double()
-        slope = self._function(lambda x, sigma, **_: 0 * x, one, sigmas, extra_args={}, disable=True)
-        return y + (y - self._function(said, y, sigmas, extra_args={}, disable=True)) / slope.item()
+    def _weights(self) -> dict[int, float | None]:
+        """D's weight in the step from each visited level, where that makes one call."""
+        visited = self._levels.visited
+        if self._per_step > 1:
+            return dict.fromkeys(visited)
+        _, weights = factors(self._function, self._schedule[visited[-1] : visited[0] + 2])
+        return dict(zip(visited, weights.diagonal().tolist()))
 
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
-        """All levels at once, for a step that also depends on D one level above."""
-        rising = self._rising()
+        """All levels at once, for a step that also looks at the answer one level above."""
+        rising, start = self._rising(), self._levels.visited[-1]
         sigmas = self._schedule[[rising[0] + 1, *rising]]
-        start = self._levels.visited[-1]
+        source, scales = self._source.to(self._like).contiguous(), self._scale(sigmas[1:])
 
-        def denoise(x: Tensor, sigma: Tensor, place: int, images: Tensor | None) -> Tensor:
-            return self._denoise(x, sigma, rising[place] - start, images)
+        def answer(x: Tensor, places: list[int], images: list[int]) -> Tensor:
+            return self._answers(x, sigmas[1:][places], [rising[place] - start for place in places], images)
 
-        scales = [float(self._scale(sigma)) for sigma in sigmas[1:]]
-        made = Joint(self._function, denoise, self._source.cpu().double(), sigmas, scales)
-        made.solve(tolerance, max_calls)
-        for place, index in enumerate(rising):
-            residual = made.residual[place]
+        first = None
+        if sigmas[0] == 0:
+            solver = Solver(source, tolerance, max_calls)
+            first = solver.solve(self._step(rising[0], 1.0).onto(source), source, sigmas[:2].flip(0), float(scales[0]))
+        made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
+        made.solve(first, tolerance, max_calls)
+        residuals, calls = torch.from_numpy(made.residual), torch.from_numpy(made.calls).int()
+        for index, x, d, residual, spent in zip(rising, made.x, made.d, residuals, calls):
             about = {"residual": residual, "converged": residual <= tolerance}
-            self._hand_over_all(index, made.x[place], made.d[place], made.calls[place], **about)
-        return made.x[-1].to(self._like)
+            self._hand_over_all(index, x.view_as(source), d.view_as(source), spent, **about)
+        return made.x[-1].view_as(source)
+
+    def _answers(self, x: Tensor, sigmas: Tensor, calls: list[int], images: list[int]) -> Tensor:
+        """D of states of several levels, sorted by call: together where the model takes that, else by level."""
+        stacked = getattr(self._model, "stacked", None)
+        if stacked is not None:
+            return self._in_chunks(stacked, x, uploaded(sigmas.numpy(), x), torch.tensor(calls), torch.tensor(images))
+        answers: list[Tensor] = []
+        for call in sorted(set(calls), reverse=True):
+            at = slice(calls.index(call), calls.index(call) + calls.count(call))
+            chosen = None if calls.count(call) == len(self._source) else torch.tensor(images[at])
+            answers.append(self._denoise(x[at], uploaded(sigmas[at].numpy(), x), call, chosen))
+        return torch.cat(answers)
+
+    def _in_chunks(self, stacked: Callable[..., Tensor], x: Tensor, *about: Tensor) -> Tensor:
+        """The model's answers in batches as large as have fitted its memory so far."""
+        answers: list[Tensor] = []
+        begun = 0
+        while begun < len(x):
+            part = slice(begun, begun + self._chunk)
+            try:
+                answers.append(stacked(x[part], *(each[part] for each in about)).detach().to(self._like))
+            except torch.cuda.OutOfMemoryError:
+                tried = len(x[part])
+                if tried == 1:
+                    raise
+                self._chunk = tried // 2
+            else:
+                begun += self._chunk
+        return torch.cat(answers)

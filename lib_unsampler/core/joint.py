@@ -1,165 +1,281 @@
-r"""Exact inversion where a sampler's step also depends on the model's answer one level above (DPM++ 2M).
+r"""Exact inversion where a sampler's step also looks at the model's answer one level above (DPM++ 2M).
 
-.. math:: y_i = \alpha_i x_i + \beta_i D(x_i; s_i) + \gamma_i D(x_{i-1}; s_{i-1}), \quad y_i = x_{i+1}
+With the answers D given, the step is affine:
 
-One level alone can not be solved for, all together can: in sweeps over the levels, least noisy first, each with
-the D above that the sweep before left, moved by what this sweep has changed at the level below. A level's
-residual counts what its own equation misses, and what the D above has changed since. Sweeps bring the residual
-down to about 0.4 of it each; under strong guidance they may not converge, which the residuals show.
+.. math:: x_{i+1} = \alpha_i x_i + \gamma_{ii} D(x_i; s_i) + \gamma_{i,i-1} D(x_{i-1}; s_{i-1})
+
+No level can be solved for alone, so the levels are one system, solved for all at once by quasi-Newton steps. The
+Jacobian is the model's, level by level, as its calls have shown it: a scalar j and, from a level's own calls and
+those of the two levels below, secants :math:`J u = v`, put together by kriging,
+
+.. math:: J \delta = j \delta + (V - j U) (U^\top U + \varepsilon)^{-1} U^\top \delta
+
+(Schubert 1970 updates a sparse Jacobian so, row by row. Anderson's acceleration of the whole stack, whose secants are
+as long as the stack, needs twice to three times the calls.) A new level joins at the noisy end each round, from answers
+extrapolated linearly in log sigma, while those below are still being solved. Only levels whose answer is in doubt
+are called again: those of one round do not wait for each other, and go to the model together if it takes them so.
+The vectors stay in the latents' precision on their device; the algebra of their products is float64 on the CPU.
+
+LMS looks back over every level; from a noisy state its levels are solved like these, but its last step, which
+mixes answers of four levels with alternating signs, converges too slowly from a photograph to be worth its calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import CARRIED, PATIENCE, PROGRESS, Solver, column
+from .fixedpoint import CAUTION, PROGRESS, Solved, uploaded
+from .secants import Secants, Steps
 
-Denoise = Callable[[Tensor, Tensor, int, "Tensor | None"], Tensor]
-"""``(x, sigma, place, images) -> D``, at the level of this place in the walk."""
+Answer = Callable[[Tensor, "list[int]", "list[int]"], Tensor]
+"""``(x, places, images) -> D``: of states with shape (k, ...), one for each of k places and images of the batch."""
 
-FIRST_TOLERANCE, TIGHTER = 1e-2, 0.2
-"""The first sweep's tolerance at a level, and what it becomes from sweep to sweep."""
+LATER = 3e-3
+"""A level whose doubt is below this part of its image's largest waits for a later round."""
 
+SETTLED = 0.25
+"""The part of the tolerance at which a level is left as it is, until one above moves it."""
 
-@dataclass(frozen=True)
-class Affine:
-    """A step's factors of its start, of D there and of D one level above, asked of the sampler's function."""
+FAILURES, NOISE = 4, 4.0
+"""Calls that come no closer (by PROGRESS) to what was predicted, after which a level is left to the model's rounding,
+unless it is expected to miss by NOISE times the least that it has missed."""
 
-    start: float
-    here: float
-    above: float
-
-    @staticmethod
-    def of(function: Callable[..., Tensor], sigmas: Tensor) -> Affine:
-        """``sigmas``: of the level above if there is one, the start's and the end's."""
-
-        def ends(x: float, *answers: float) -> float:
-            said = iter(answers)
-
-            def denoise(z: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-                return torch.full_like(z, next(said))
-
-            return float(function(denoise, torch.full((1, 1), x).double(), sigmas, extra_args={}, disable=True))
-
-        if len(sigmas) == 2:
-            return Affine(ends(1, 0), ends(0, 1), 0.0)
-        into = float(function(lambda z, sigma, **_: 0 * z, torch.ones(1, 1).double(), sigmas[:2], disable=True))
-        shift = float(function(lambda z, sigma, **_: 0 * z + 1, torch.zeros(1, 1).double(), sigmas[:2], disable=True))
-        start = ends(1 / into, 0, 0)
-        return Affine(start, ends(0, 0, 1), ends(-shift / into, 1, 0))
+PATIENCE = 3
+"""Rounds without progress after which an image is left as it is."""
 
 
-def extrapolated(past: Sequence[tuple[Tensor, Tensor]], sigma: Tensor, otherwise: Tensor) -> Tensor:
-    """D at a level from those of the two levels below it, newest first, linearly in log sigma."""
-    if not past:
-        return otherwise
-    (s0, d0), (s1, d1) = past[0], past[-1]
-    return d0 if s0 == s1 else d0 + (sigma / s0).log() / (s0 / s1).log() * (d0 - d1)
+def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    r""":math:`\alpha` and :math:`\gamma`, asked of the sampler's function: one run over the space of coefficients.
 
+    Component 0 of its state stands for the start, component 1 + j for the answer of call j.
 
-def chosen(images: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """``new`` for these images, ``old`` for the others."""
-    return torch.where(column(torch.isin(torch.arange(len(old)), images), old), new, old)
+    Arguments:
+        function: The sampler's.
+        schedule: Descending sigmas with shape (n + 1), float64 on the CPU.
+
+    Returns:
+        (n) and (n, n), least noisy level first: row p gives the state below place p.
+    """
+    count = len(schedule) - 1
+    states: list[Tensor] = []
+
+    def denoise(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
+        states.append(x[0].clone())
+        return torch.eye(count + 1, dtype=x.dtype)[len(states)][None]
+
+    start = torch.eye(count + 1).double()[:1]
+    states.append(function(denoise, start, schedule, extra_args={}, disable=True)[0])
+    rows = torch.stack(states).numpy()
+    alpha = rows[1:, 0] / rows[:-1, 0]
+    gamma = rows[1:, 1:] - alpha[:, None] * rows[:-1, 1:]
+    return alpha[::-1].copy(), gamma[::-1, ::-1].copy()
 
 
 class Joint:
-    """The states of all levels of a batch, least noisy first, as they are swept.
+    """The states of all levels of a batch of B images, least noisy first.
 
     Attributes:
-        x: The states, one for each level, with the source's shape.
-        d: The model's answers there.
-        residual: With shape (levels, B).
-        calls: Model calls, with shape (levels, B).
+        x: The states, with shape (levels, B, values).
+        d: The model's answers there, called or predicted, of the same shape.
+        residual: RMS of what each step misses, over the level's scale, and of what the doubt in an answer that was
+            predicted may add to it; with shape (levels, B), like all below, in numpy.
+        calls: Model calls.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor], denoise: Denoise, source: Tensor, rising: Tensor, scales: Sequence[float]
+        self, steps: tuple[NDArray[Any], NDArray[Any]], answer: Answer, source: Tensor, sigmas: Tensor, scales: Tensor
     ) -> None:
-        """Asks the sampler's function for the factors of its steps.
+        """A stack of which no level has begun.
 
         Arguments:
-            function: The sampler's.
-            denoise: The model.
-            source: The clean latents in float64 on the CPU, with shape (B, ...).
-            rising: The source's own sigma, mostly 0, and the levels' sigmas, rising, with shape (levels + 1).
+            steps: The sampler's :func:`factors`.
+            answer: The model.
+            source: The clean latents, with shape (B, ...), in the precision and on the device to work in.
+            sigmas: The levels' sigmas, rising, with shape (levels), float64 on the CPU.
             scales: What residuals are measured by at each level.
         """
-        size, count = len(source), len(rising) - 1
-        self._denoise, self._source, self._sigmas, self._scales = denoise, source, rising[1:], scales
-        windows = (rising[place : place + 3].flip(0) for place in range(count))
-        self._steps = [Affine.of(function, window) for window in windows]
-        self._below = rising[:-1]
-        self._ends = int(rising[0] == 0)  # the first level is the sampler's last step, which nothing above moves
-        self._solvers = [Solver(source, 0.0, 1, CARRIED) for _ in range(count)]
-        self._own = torch.full((count, size), torch.inf).double()
-        self.x: list[Tensor] = []
-        self.d: list[Tensor] = []
-        self.residual = self._own.clone()
-        self.calls = torch.zeros(count, size).int()
+        self._start, self._weights = steps
+        self._answer, self._shape, self._source = answer, source.shape, source.flatten(1)
+        self._sigmas, self._scales = sigmas.numpy(), scales.numpy()
+        levels, size = len(sigmas), len(source)
+        self._root = self._source.shape[1] ** 0.5  # norm over RMS
+        self.x, self.d, self._called_x, self._called_d = (
+            self._source.new_zeros(levels, size, self._source.shape[1]) for _ in range(4)
+        )
+        self._secants = Secants(self._source, self._sigmas)
+        self._bearing = CAUTION * (np.abs(self._weights) / self._scales[:, None]).max(0)  # of D's doubt on residuals
+        self._missed = np.zeros((levels, size))
+        self._moved = np.full((levels, size), np.inf)  # RMS of x minus where it was last called
+        self._rate = np.ones((levels, size))  # of D's error to the move, as last seen
+        self._floor = np.full((levels, size), np.inf)  # the least error seen
+        self._fails = np.zeros((levels, size), int)  # calls since it last fell
+        self._held = np.zeros((levels, 1), bool)
+        self._active = np.ones(size, bool)
+        self.residual = np.full((levels, size), np.inf)
+        self.calls = np.zeros((levels, size), int)
 
-    def solve(self, tolerance: float, max_calls: int) -> None:
-        """Sweeps until every image's residuals are within the tolerance, get no smaller, or calls run out."""
-        size = len(self._source)
-        worst, stale = torch.full((size,), torch.inf).double(), torch.zeros(size).int()
-        images, sweep = torch.arange(size), 0
-        while len(images):
-            self._sweep(images, sweep, tolerance, max_calls)
-            # what the last step misses stays, however often the others are swept
-            now = self.residual[self._ends :].amax(0) if len(self.x) > self._ends else torch.zeros(size).double()
-            stale[images] = torch.where(now < PROGRESS * worst, 0, stale + 1)[images].int()
-            worst = torch.minimum(worst, now)
-            going = (now > tolerance) & (stale < PATIENCE // 2) & (self.calls.amax(0) < max_calls)
-            images, sweep = images[going[images]], sweep + 1
+    def solve(self, first: Solved | None, tolerance: float, max_calls: int) -> None:
+        """Rounds until every image's residuals are within the tolerance, get no smaller, or calls run out.
 
-    def _sweep(self, images: Tensor, sweep: int, tolerance: float, max_calls: int) -> None:
-        y, used, before = self._source, [], [t.clone() for t in self.d]
-        for place, step in enumerate(self._steps):
-            above = self._above(place, before) if sweep else self._begin(place, y)
-            used.append(above)
-            if place >= self._ends or sweep == 0:
-                solver = self._solvers[place]
-                loose = max(tolerance / 3, FIRST_TOLERANCE * TIGHTER**sweep)
-                solver.tolerance = loose if place >= self._ends else tolerance
-                solver.max_calls = max_calls - int(self.calls[place, images].max())
-                self._settle(place, step, above, y, images)
-            y = self.x[place]
-        total = self._own.clone()
-        for place, step in enumerate(self._steps[:-1]):
-            change = step.above * (self.d[place + 1] - used[place])
-            total[place] += change.flatten(1).square().mean(1).sqrt() / self._scales[place]
-        self.residual[:, images] = total[:, images]
+        Arguments:
+            first: The least noisy level as the sampler's last step alone would have it, where that ends at 0.
+            tolerance: The residual at which a level is done.
+            max_calls: The most calls of one image at one level.
+        """
+        levels, size = self.residual.shape
+        front = 0
+        best, stale = np.full(size, np.inf), np.zeros(size, int)
+        if first is None:
+            self._join(0)
+        else:
+            self._begin(first, tolerance)
+        while True:
+            asked = self._asked(front, tolerance) & self._active & (self.calls < max_calls)
+            force, low = self._round(asked, front, tolerance)
+            worst = np.where(self._held, 0, self.residual).max(0)
+            if front == levels - 1:
+                stale = np.where(worst < PROGRESS * best, 0, stale + 1)
+                best = np.minimum(best, worst)
+                done = worst <= np.where(asked.any(0), SETTLED * tolerance, tolerance)
+                self._active &= ~done & (asked.any(0) | (stale == 0)) & (stale < PATIENCE)
+            if not self._active.any():
+                return
+            self._improve(force, low, front, tolerance)
+            if front < levels - 1:
+                front += 1
+                self._join(front)
 
-    def _begin(self, place: int, y: Tensor) -> Tensor:
-        """Begins a level with D extrapolated from the levels below; returns the D above it, extrapolated too."""
-        past = [(self._sigmas[k], self.d[k]) for k in range(place - 1, max(-1, place - 3), -1)]
-        step, next_place = self._steps[place], min(place + 1, len(self._sigmas) - 1)
-        here = extrapolated(past, self._sigmas[place], y)
-        above = extrapolated(past, self._sigmas[next_place], y)
-        self.x.append((y - step.here * here - step.above * above) / step.start if past else y)
-        self.d.append(here)
-        return above
+    def _begin(self, first: Solved, tolerance: float) -> None:
+        """Takes the last step's level as it is: nothing above bears on it."""
+        self.x[0] = self._called_x[0] = first.x.flatten(1).to(self.x)
+        self.residual[0], self.calls[0], self._moved[0] = first.residual.numpy(), first.calls.numpy(), 0
+        self._held[0] = True
+        here = torch.from_numpy(self.residual[0] > tolerance)[:, None].to(self.x.device)
+        self.d[0] = self._called_d[0] = torch.where(here, first.denoised.flatten(1).to(self.x), self._source)
 
-    def _above(self, place: int, before: Sequence[Tensor]) -> Tensor:
-        above = self.d[min(place + 1, len(self.d) - 1)]
-        return above + self.d[place - 1] - before[place - 1] if place > 1 else above
+    def _beyond(self, front: int) -> NDArray[Any]:
+        """The slopes t of the answers above the front, :math:`D_q = D_f + t_q (D_f - D_{f-1})`."""
+        above = np.log(self._sigmas[front + 1 :] / self._sigmas[front])
+        if front == 0:
+            return np.zeros_like(above)
+        return np.asarray(above / np.log(self._sigmas[front] / self._sigmas[front - 1]))
 
-    def _settle(self, place: int, step: Affine, above: Tensor, y: Tensor, images: Tensor) -> None:
-        """Solves one level's equation for some images, the D above given."""
-        sigma = self._sigmas[place]
+    def _seen(self, front: int) -> NDArray[Any]:
+        """The weights of the answers up to the front, where those above are extrapolated from them."""
+        seen, above, slopes = self._weights[:, : front + 1].copy(), self._weights[:, front + 1 :], self._beyond(front)
+        seen[:, front] += above @ (1 + slopes)
+        seen[:, front - 1] -= above @ slopes  # at front 0 the slopes are 0
+        return seen
 
-        def evaluate(x: Tensor, asked: Tensor) -> tuple[Tensor, Tensor, int]:
-            d = self._denoise(x, sigma.expand(len(x)), place, None if len(asked) == len(y) else asked)
-            return step.start * x + step.here * d + step.above * above[asked] - y[asked], d, 1
+    def _join(self, place: int) -> None:
+        """Begins a level with every answer that it needs extrapolated from those below."""
+        if place == 0:
+            self.x[0] = self._source
+        else:
+            newest, change = self.d[place - 1], self.d[place - 1] - self.d[max(place - 2, 0)]
+            slopes, weights = self._beyond(place - 1), self._weights[place, place:]
+            torch.add(newest, change, alpha=float(slopes[0]), out=self.d[place])
+            known = float(weights.sum()) * newest + float(weights @ slopes) * change
+            torch.sub(self.x[place - 1], known, out=self.x[place]).div_(float(self._start[place]))
+            self._rate[place] = np.maximum(self._rate[place - 1], 0.1)
 
-        levels = torch.stack([sigma, self._below[place]])
-        solved = self._solvers[place].solve(evaluate, self.x[place], levels, self._scales[place], images)
-        self.x[place] = chosen(images, solved.x, self.x[place])
-        answer = (y - step.start * self.x[place] - step.above * above) / step.here
-        self.d[place] = chosen(images, answer, self.d[place])
-        self.calls[place] += solved.calls
-        self._own[place, images] = solved.residual[images]
+    def _asked(self, front: int, tolerance: float) -> NDArray[Any]:
+        """Which levels of which images are in too much doubt: new ones, and those that a call can tell more about."""
+        doubt = self._doubt()
+        known = np.where(np.isfinite(doubt), doubt, 0)
+        telling = (doubt > SETTLED * tolerance) & (doubt >= LATER * known.max(0))
+        telling[front + 1 :] = False
+        nearing = telling & ((self._fails < FAILURES) | (self._rate * self._moved > NOISE * self._floor))
+        return np.where(nearing.any(0) | (front + 1 < len(telling)), nearing, telling)
+
+    def _doubt(self) -> NDArray[Any]:
+        return np.asarray(self._bearing[:, None] * self._rate * self._moved)
+
+    def _round(self, asked: NDArray[Any], front: int, tolerance: float) -> tuple[Tensor, int]:
+        r"""Calls the model, learns, and looks at what the steps miss.
+
+        Returns:
+            :math:`F_p = x_{p-1} - \alpha_p x_p - \sum_q \gamma_{pq} D_q` from a place on, and that place.
+        """
+        low = self._lowest(front, tolerance)
+        places, images = np.nonzero(asked)
+        shown = self._call(places, images) if len(places) else None
+        force = self._forces(low, front)
+        missed = torch.linalg.vector_norm(force, dim=2)
+        parts = [missed.flatten(), *self._secants.products(force)]
+        looked = torch.cat([*parts, *([] if shown is None else [shown])]).cpu().double().numpy()  # the round's one look
+        counts = np.cumsum([len(part) for part in parts])
+        units = self._root * self._scales[low : front + 1, None]
+        self._missed[low : front + 1] = looked[: counts[0]].reshape(missed.shape) / units
+        self._secants.learn(looked[counts[0] : counts[-1]], force.shape[0])
+        if shown is not None:
+            self._judge(places, images, looked[counts[-1] :] / self._root)
+        doubt = self._doubt()[: front + 1]
+        self.residual[: front + 1] = self._missed[: front + 1] + np.where(np.isfinite(doubt), doubt, 0)
+        return force, low
+
+    def _moving(self, tolerance: float) -> NDArray[Any]:
+        return self._active & ~self._held & ~(self.residual <= SETTLED * tolerance)
+
+    def _lowest(self, front: int, tolerance: float) -> int:
+        """The lowest place that a change since the last look may have moved."""
+        moving = self._moving(tolerance)[: front + 1]
+        self._secants.window(np.where(self._active, np.argmax(moving, 0), front), front)
+        return max(0, int(np.argmax(moving.any(1))) - 1)
+
+    def _call(self, places: NDArray[Any], images: NDArray[Any]) -> Tensor:
+        """Asks the model; returns by how much its answers differ from what was predicted."""
+        rows = uploaded(places * self._shape[0] + images, self.x)
+        x, predicted = self.x.flatten(0, 1)[rows], self.d.flatten(0, 1)[rows]
+        d = self._answer(x.reshape(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
+        moves, changes = (now - kept.flatten(0, 1)[rows] for now, kept in ((x, self._called_x), (d, self._called_d)))
+        for k, (place, image) in enumerate(zip(places, images)):
+            if 0 < self._moved[place, image] < np.inf:
+                length = self._moved[place, image] * self._root
+                self._secants.store(place, image, moves[k], changes[k], length)
+        for kept, now in ((self._called_x, x), (self._called_d, d), (self.d, d)):
+            kept.flatten(0, 1)[rows] = now
+        self.calls[places, images] += 1
+        error: Tensor = torch.linalg.vector_norm(d - predicted, dim=1)
+        return error
+
+    def _judge(self, places: NDArray[Any], images: NDArray[Any], error: NDArray[Any]) -> None:
+        """How much D's prediction erred, for the move, and whether that is getting less."""
+        at = places, images
+        seen = np.isfinite(self._moved[at]) & (self._moved[at] > 0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rate = np.maximum(error / self._moved[at], 0.003)
+        self._rate[at] = np.where(seen, rate, self._rate[at])
+        nearer = error < PROGRESS * self._floor[at]
+        self._fails[at] = np.where(nearer | ~seen, 0, self._fails[at] + 1)
+        self._floor[at] = np.where(seen, np.minimum(self._floor[at], error), self._floor[at])
+        self._moved[at] = 0
+
+    def _forces(self, low: int, front: int) -> Tensor:
+        weights = self._seen(front)
+        force = torch.empty_like(self.x[low : front + 1])
+        for row, place in zip(force, range(low, front + 1)):
+            below = self.x[place - 1] if place else self._source
+            torch.sub(below, self.x[place], alpha=float(self._start[place]), out=row)
+            for column in np.flatnonzero(np.abs(weights[place]) > 1e-12):
+                row.sub_(self.d[column], alpha=float(weights[place, column]))
+        return force
+
+    def _improve(self, force: Tensor, low: int, front: int, tolerance: float) -> None:
+        """One quasi-Newton step of every level that is not settled."""
+        rows = slice(low, front + 1)
+        moving = np.logical_or.accumulate(self._moving(tolerance)[rows], 0) & ~self._held[rows]  # from the lowest on
+        steps = Steps(low, self._start[rows], self._seen(front)[rows, low:], moving.T)
+        change = self._secants.solve(steps, force)
+        for image in np.flatnonzero(moving.any(0)):
+            self.x[rows, image] += change[image, 0]
+            self.d[rows, image] += change[image, 1]
+        away = torch.linalg.vector_norm(self.x[rows] - self._called_x[rows], dim=2)
+        moved = away.cpu().double().numpy() / self._root
+        self._moved[rows] = np.where(np.isfinite(self._moved[rows]), moved, np.inf)

@@ -333,7 +333,7 @@ class Settings:
         "exact",
         "Solver",
         "exact: each level solves for the state that the sampler's own step maps onto the one below (Euler, Heun, "
-        "DPM2; DPM++ 2M at several times the calls), so sampling again gives the source; reverse: the sampler is run "
+        "DPM2; DPM++ 2M at half as many calls again), so sampling again gives the source; reverse: the sampler is run "
         "up the schedule, a call or two a step.",
         choices=("exact", "reverse"),
         modes=("invert",),

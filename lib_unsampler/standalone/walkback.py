@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import inversion
-from ..core.inversion import Level
+from ..core.inversion import Level, Unnumbered
 from ..core.schedule import Levels
 from ..pictures.render import to_pictures
 from ..pictures.roundtrip import RoundTrip, measured
@@ -40,12 +40,7 @@ def walk_back(
     sampler, _ = inversion.kin(settings.sampler, settings.solver)
     levels: list[Level] = []
     estimates: dict[int, Tensor] = {}
-    calls = 0
-
-    def numbered(x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
-        nonlocal calls
-        calls += 1
-        return model(x, sigma)
+    numbered = Unnumbered(model)
 
     with tqdm(total=len(plan.visited), desc="inverting", unit="level", disable=quiet) as bar:
 
@@ -54,7 +49,7 @@ def walk_back(
             if settings.panel and level.index in plan.kept:
                 seen = level.denoised
                 estimates[level.index] = model(level.z, level.z.new_tensor([level.sigma])) if seen is None else seen
-            bar.set_postfix_str(f"{calls} model calls", refresh=False)
+            bar.set_postfix_str(f"{numbered.calls} model calls", refresh=False)
             bar.update()
 
         limits: dict[str, Any] = {"tolerance": settings.tolerance, "max_calls": settings.max_calls}

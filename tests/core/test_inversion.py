@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lib_unsampler.bench._pixels import pixel_denoiser
 from lib_unsampler.bench.inversion import photographs
-from lib_unsampler.core.inversion import CALLS, EXACT, KIN, InversionError, Level, invert, kin, unconverged
+from lib_unsampler.core.fixedpoint import Sample
+from lib_unsampler.core.inversion import CALLS, EXACT, KIN, InversionError, Level, Unnumbered, invert, kin, unconverged
 from lib_unsampler.core.schedule import Levels, levels
 from lib_unsampler.settings import SAMPLERS
 from lib_unsampler.standalone.embedded import MixturePrior, anchor_mixture, guided, make_model
@@ -125,7 +126,7 @@ def test_the_levels_of_dpmpp_2m_are_the_states_of_its_own_run() -> None:
     alone = inverted(plain(model), y[1:2], plan, "exact", "dpmpp_2m", tolerance=1e-6)
     torch.testing.assert_close(alone[-1].z[0], walked[-1].z[1], rtol=0, atol=1e-3)
     assert [int(level.calls) for level in alone] == [int(level.calls[1]) for level in walked]
-    assert calls_of(walked).mean() <= 20
+    assert calls_of(walked).mean() <= 5
 
 
 def test_dpmpp_2m_finds_a_known_noise_from_a_noisy_state_too() -> None:
@@ -147,6 +148,99 @@ def test_dpmpp_2m_under_strong_guidance_tells_which_images_come_back() -> None:
     near = rms(back - y) < 1e-4
     assert converged.any() and torch.equal(near, converged)
     assert bool(unconverged(walked)) == bool((~converged).any())
+
+
+@pytest.mark.parametrize(("scale", "most"), [(1, 5), (3, 5.5), (7, 6.5)])
+@pytest.mark.parametrize("end", [19, 20])
+def test_dpmpp_2m_converges_for_every_image_at_any_guidance(scale: float, most: float, end: int) -> None:
+    """The mixture's answers switch sharply at cfg 7. The noise found is that which the sampler started from."""
+    whole = anchor_mixture()
+    model = guided(MixturePrior(whole.means[:3], whole.variance), whole, scale)
+    _, sigmas, x, _ = anchor(10)
+    y = kd.sample_dpmpp_2m(model, x, sigmas[: end + 1], disable=True)
+    plan = below(sigmas) if end == 19 else levels(sigmas)
+    walked = inverted(plain(model), y, plan, "exact", "dpmpp_2m", tolerance=1e-6)
+    assert all(level.converged.all() and (level.residual <= 1e-6).all() for level in walked)
+    assert calls_of(walked).mean() <= most
+    assert rms(walked[-1].z - x).mean() <= 1e-4
+    assert not unconverged(walked)
+
+
+@pytest.mark.parametrize("scale", [1, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_dpmpp_2m_converges_on_mixtures_it_has_not_seen(scale: float, seed: int) -> None:
+    means = torch.from_numpy(np.random.default_rng(100 + seed).normal(size=(6, 16)))
+    model = guided(MixturePrior(means[:3], 0.35**2), MixturePrior(means, 0.35**2), scale)
+    _, sigmas, x, _ = anchor(4)
+    y = kd.sample_dpmpp_2m(model, x, sigmas, disable=True)
+    walked = inverted(plain(model), y, levels(sigmas), "exact", "dpmpp_2m")
+    assert all(level.converged.all() for level in walked) and calls_of(walked).mean() <= 9
+
+
+def test_dpmpp_2m_comes_back_under_strong_guidance_on_pictures() -> None:
+    model = guided(*(make_model("gaussian", word, *SIZE) for word in ("sea", "night")), 7)
+    source = 0.3 * torch.randn(3, 3, *SIZE, generator=torch.Generator().manual_seed(1)).double()
+    plan = levels(get_sigmas("karras", 20, "eps"))
+    walked = inverted(plain(model), source, plan, "exact", "dpmpp_2m")
+    assert all(level.converged.all() for level in walked) and calls_of(walked).mean() <= 11
+    back = kd.sample_dpmpp_2m(model, walked[-1].z, plan.schedule.double(), disable=True)
+    assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) >= 90
+
+
+class Cramped(Unnumbered):
+    """A model whose memory holds few states."""
+
+    def __init__(self, denoiser: Any, holds: int) -> None:
+        super().__init__(denoiser)
+        self.holds = holds
+        self.batches: list[int] = []
+
+    def stacked(self, x: Tensor, sigma: Tensor, calls: Tensor, images: Tensor) -> Tensor:
+        assert len(x) == len(sigma) == len(calls) == len(images)
+        self.batches.append(len(x))
+        if len(x) > self.holds:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return super().stacked(x, sigma, calls, images)
+
+
+def test_a_model_that_takes_levels_together_gets_as_many_as_its_memory_holds() -> None:
+    model, sigmas, _, y = anchor(3)
+    alone = inverted(plain(model), y, below(sigmas), "exact", "dpmpp_2m")
+    for holds in (1, 4, 1000):
+        cramped = Cramped(model, holds)
+        together = inverted(cramped, y, below(sigmas), "exact", "dpmpp_2m")
+        for one, other in zip(alone, together):
+            torch.testing.assert_close(other.z, one.z, rtol=0, atol=1e-4)
+        refused = [size for size in cramped.batches if size > holds]
+        assert len(refused) <= 5 and refused == sorted(refused, reverse=True)  # halved, and remembered
+        assert sum(cramped.batches) - sum(refused) == calls_of(together).sum()
+        assert holds < 1000 or cramped.calls < 30  # a batch a round
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        inverted(Cramped(model, 0), y, below(sigmas), "exact", "dpmpp_2m")
+
+
+def test_dpmpp_2m_of_a_half_precision_model_stops_where_it_gets_no_nearer() -> None:
+    model = make_model("gaussian", "sea", *SIZE)
+
+    def coarse(x: Tensor, sigma: Tensor, call: int = 0, images: Tensor | None = None) -> Tensor:
+        return x - (x - model(x, sigma)).half().float()  # as a network's eps is rounded
+
+    source = 0.3 * torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    plan = levels(get_sigmas("karras", 20, "eps"))
+    walked = inverted(coarse, source, plan, "exact", "dpmpp_2m")
+    assert max(float(level.residual.max()) for level in walked) < 1e-3
+    assert calls_of(walked).mean() <= 14
+    back = kd.sample_dpmpp_2m(coarse, walked[-1].z, plan.schedule, disable=True)
+    assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) > 50
+
+
+def test_large_latents_are_solved_from_a_sample_of_their_values_as_well() -> None:
+    model = make_model("gaussian", "sea", 96, 128)
+    source = 0.3 * torch.randn(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    plan = levels(get_sigmas("karras", 12, "eps"))
+    assert Sample(source.numel()).size < source.numel()
+    walked = inverted(plain(model), source, plan, "exact")
+    assert all(level.converged.all() for level in walked) and calls_of(walked).mean() <= 6
 
 
 def test_a_batch_converges_as_single_images_do_and_a_finished_image_costs_no_call() -> None:
@@ -347,7 +441,7 @@ def test_a_schedule_up_to_zero_terminal_snr_comes_back() -> None:
     assert 20 * torch.log10(source.std() / (back - source).square().mean().sqrt()) >= 60  # float32 at 4518: 5e-4
 
 
-@pytest.mark.parametrize(("sampler", "most"), [("euler", 6), ("heun", 11), ("dpmpp_2m", 40)])
+@pytest.mark.parametrize(("sampler", "most"), [("euler", 6), ("heun", 11), ("dpmpp_2m", 9)])
 def test_photographs_come_back_through_a_trained_network(sampler: str, most: float) -> None:
     source, network = photographs(2), pixel_denoiser()
     plan = levels(get_sigmas("karras", 20, "eps"))
