@@ -177,12 +177,30 @@ def draws_noise(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, 
     return not torch.equal(one, other)
 
 
+class _Moved(StandIn):
+    """A stand-in that moves what it was shown at one call, in place, after it has answered."""
+
+    def __init__(self, model: Any, call: int, by: float, answers: bool) -> None:
+        """With ``answers`` False, D is 0 whatever it is shown."""
+        super().__init__(model)
+        self._left, self._by, self._answers = call, by, answers
+
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        denoised = super().__call__(x, sigma, **args) if self._answers else torch.zeros_like(x)
+        if self._left == 0:
+            x += self._by
+        self._left -= 1
+        return denoised
+
+
 def goes_on_from_shown(
     function: Sampler, model: Any, like: Tensor, firsts: Sequence[int], *, sigmas: Tensor, **options: Any
 ) -> bool:
     """Whether the tensor that a sampler shows its model at a step's first call is the state it goes on from.
 
-    The stand-in moves that tensor in place, after it has answered: only a sampler that goes on from it ends elsewhere.
+    The stand-in moves that tensor in place after it has answered: a sampler that goes on from it then ends elsewhere,
+    one that showed a copy does not. Nor does one that goes on from the answer alone (LCM): that one ends in the same
+    place wherever it starts, if the answer does not depend on where it is, and a copy of nothing does no harm.
     Asked of the first step; where there is no other, its answer is the end, whatever the state.
 
     Arguments:
@@ -190,22 +208,14 @@ def goes_on_from_shown(
     """
     if len(firsts) < 2:
         return True
-    ends = []
-    for moved in (0.0, 0.5):
-        calls = 0
+    takes = "noise_sampler" in inspect.signature(function).parameters
+    silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
+    changed = {"callback": lambda _: None, **silent}
 
-        class Moving(StandIn):
-            def __call__(self, x: Tensor, sigma: Tensor, moved: float = moved, **args: Any) -> Tensor:
-                nonlocal calls
-                denoised = super().__call__(x, sigma, **args)
-                if calls == firsts[0]:
-                    x += moved
-                calls += 1
-                return denoised
+    def end(start: Tensor, by: float, answers: bool, way: Tensor) -> Tensor:
+        return rehearse(function, _Moved(model, firsts[0], by, answers), start, way, options, **changed)
 
-        takes = "noise_sampler" in inspect.signature(function).parameters
-        silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
-        ends.append(
-            rehearse(function, Moving(model), waves(0, like), sigmas, options, callback=lambda _: None, **silent)
-        )
-    return not torch.equal(*ends)
+    if not torch.equal(end(waves(0, like), 0.0, True, sigmas), end(waves(0, like), 0.5, True, sigmas)):
+        return True
+    noisy = sigmas[:-1]  # at the clean end every sampler is at the answer
+    return torch.equal(end(waves(0, like), 0.0, False, noisy), end(waves(1, like), 0.0, False, noisy))

@@ -179,6 +179,24 @@ def test_a_sampler_that_shows_its_model_a_copy_is_refused(scene: Any) -> None:
         first_calls(sample_copying, model, source, sigmas)
 
 
+def test_a_sampler_that_goes_on_from_the_answer_alone_is_guided(scene: Any) -> None:
+    """LCM: x' is D(x) and noise; what is mixed is what D is asked of."""
+    source, noise, sigmas, model = scene
+
+    def sample_answer(model: Any, x: Tensor, sigmas: Tensor, callback: Any = None, **_: Any) -> Tensor:
+        for i in range(len(sigmas) - 1):
+            x = model(x, sigmas[i].expand(len(x)))
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": x})
+        return x
+
+    calls = first_calls(sample_answer, model, source, sigmas)
+    last = add_noise(source, noise, sigmas[STEPS - 1], "eps")
+    weights = {STEPS - 1: 1.0}
+    made = sample_guided(sample_answer, model, source, sigmas, weights, lambda _: last, calls)
+    assert torch.equal(made, model(last, sigmas[STEPS - 1].expand(2)))
+
+
 def test_what_a_sampler_tells_its_callback_does_not_matter(scene: Any) -> None:
     """Forge's IPNDM and DEIS tell the state that they began with; they are guided like any other."""
     source, noise, sigmas, model = scene

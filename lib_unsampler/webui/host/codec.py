@@ -16,7 +16,9 @@ def latent_scale(model: Any) -> tuple[float, float]:
     a1111_sd3 = getattr(getattr(model, "model", None), "latent_format", None)
     if forge is not None:
         codec = getattr(forge.vae, "first_stage_model", None)
-        scale, shift = getattr(codec, "scaling_factor", 0.0), getattr(codec, "shift_factor", 0.0)
+        neo = getattr(codec, "latent_format", None)
+        scale = getattr(codec, "scaling_factor", getattr(neo, "scale_factor", 0.0))
+        shift = getattr(codec, "shift_factor", getattr(neo, "shift_factor", 0.0))
     elif a1111_sd3 is not None:
         scale, shift = a1111_sd3.scale_factor, a1111_sd3.shift_factor
     else:
