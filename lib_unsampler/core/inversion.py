@@ -40,7 +40,6 @@ guidance scale, whose noises are no longer white.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -325,7 +324,7 @@ class _Run:
         self._per_step = calls_per_step
         self._prediction = prediction
         self._visit = visit
-        self._chunk = sys.maxsize
+        self._chunk = 2**31
 
     def _denoise(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
         denoised = self._model(x.to(self._like), sigma.to(self._like), call, images)

@@ -105,8 +105,8 @@ class Joint:
         self._sigmas, self._scales = sigmas.numpy(), scales.numpy()
         levels, size = len(sigmas), len(source)
         self._root = self._source.shape[1] ** 0.5  # norm over RMS
-        self.x, self.d, self._called_x, self._called_d = (
-            self._source.new_zeros(levels, size, self._source.shape[1]) for _ in range(4)
+        self.x, self.d, self._called_x, self._called_d, self._force = (
+            self._source.new_zeros(levels, size, self._source.shape[1]) for _ in range(5)
         )
         self._secants = Secants(self._source, self._sigmas)
         self._bearing = CAUTION * (np.abs(self._weights) / self._scales[:, None]).max(0)  # of D's doubt on residuals
@@ -232,18 +232,20 @@ class Joint:
     def _call(self, places: NDArray[Any], images: NDArray[Any]) -> Tensor:
         """Asks the model; returns by how much its answers differ from what was predicted."""
         rows = uploaded(places * self._shape[0] + images, self.x)
-        x, predicted = self.x.flatten(0, 1)[rows], self.d.flatten(0, 1)[rows]
+        x = self.x.flatten(0, 1)[rows]
         d = self._answer(x.reshape(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
-        moves, changes = (now - kept.flatten(0, 1)[rows] for now, kept in ((x, self._called_x), (d, self._called_d)))
-        for k, (place, image) in enumerate(zip(places, images)):
+        errors: list[Tensor] = []
+        for now_x, now_d, place, image in zip(x, d, places, images):
+            called_x, called_d = self._called_x[place, image], self._called_d[place, image]
             if 0 < self._moved[place, image] < np.inf:
-                length = self._moved[place, image] * self._root
-                self._secants.store(place, image, moves[k], changes[k], length)
-        for kept, now in ((self._called_x, x), (self._called_d, d), (self.d, d)):
-            kept.flatten(0, 1)[rows] = now
+                length = float(self._moved[place, image] * self._root)
+                self._secants.store(place, image, (now_x, called_x), (now_d, called_d), length)
+            errors.append(torch.dist(now_d, self.d[place, image]))
+            called_x.copy_(now_x)
+            called_d.copy_(now_d)
+            self.d[place, image].copy_(now_d)
         self.calls[places, images] += 1
-        error: Tensor = torch.linalg.vector_norm(d - predicted, dim=1)
-        return error
+        return torch.stack(errors)
 
     def _judge(self, places: NDArray[Any], images: NDArray[Any], error: NDArray[Any]) -> None:
         """How much D's prediction erred, for the move, and whether that is getting less."""
@@ -259,7 +261,7 @@ class Joint:
 
     def _forces(self, low: int, front: int) -> Tensor:
         weights = self._seen(front)
-        force = torch.empty_like(self.x[low : front + 1])
+        force = self._force[low : front + 1]
         for row, place in zip(force, range(low, front + 1)):
             below = self.x[place - 1] if place else self._source
             torch.sub(below, self.x[place], alpha=float(self._start[place]), out=row)
@@ -272,10 +274,10 @@ class Joint:
         rows = slice(low, front + 1)
         moving = np.logical_or.accumulate(self._moving(tolerance)[rows], 0) & ~self._held[rows]  # from the lowest on
         steps = Steps(low, self._start[rows], self._seen(front)[rows, low:], moving.T)
-        change = self._secants.solve(steps, force)
-        for image in np.flatnonzero(moving.any(0)):
-            self.x[rows, image] += change[image, 0]
-            self.d[rows, image] += change[image, 1]
-        away = torch.linalg.vector_norm(self.x[rows] - self._called_x[rows], dim=2)
+        for image, (x, d) in enumerate(self._secants.solve(steps, force)):
+            if moving[:, image].any():
+                self.x[rows, image] += x
+                self.d[rows, image] += d
+        away = torch.linalg.vector_norm(torch.sub(self.x[rows], self._called_x[rows], out=force), dim=2)
         moved = away.cpu().double().numpy() / self._root
         self._moved[rows] = np.where(np.isfinite(self._moved[rows]), moved, np.inf)

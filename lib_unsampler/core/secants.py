@@ -6,6 +6,7 @@ each other and added up, by numbers found from their products: so the device has
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,7 @@ class Secants:
         slots = MEMORY * len(sigmas)
         self._sigmas = sigmas
         self._u, self._v = source.new_zeros(2, size, slots, values)
+        self._change = source.new_empty(2, len(sigmas), values)
         self._sample = Sample(values, SAMPLED)
         self._small_u, self._small_v = source.new_zeros(2, size, slots, self._sample.size)
         self._uu, self._uv = np.zeros((2, size, slots, slots))
@@ -83,11 +85,11 @@ class Secants:
         self._slots = slice(0, 0)  # of the window
         self._new: list[list[int]] = [[] for _ in range(size)]
 
-    def store(self, place: int, image: int, move: Tensor, change: Tensor, length: float) -> None:
-        """Keeps a pair dx, dD; ``length`` is that of dx."""
+    def store(self, place: int, image: int, x: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor], length: float) -> None:
+        """Keeps the pair of two calls, each of x and D newest first; ``length`` is that of dx."""
         slot = place * MEMORY + self._stored[image, place] % MEMORY
-        for vector, kept, small in ((move, self._u, self._small_u), (change, self._v, self._small_v)):
-            torch.div(vector, length, out=kept[image, slot])
+        for (now, old), kept, small in ((x, self._u, self._small_u), (d, self._v, self._small_v)):
+            torch.sub(now, old, out=kept[image, slot]).div_(length)
             small[image, slot] = self._sample.of(kept[image, slot])
         self._stored[image, place] += 1
         self._new[image].append(slot)
@@ -121,8 +123,8 @@ class Secants:
             self._forces[image, at] = fu.T
             new.clear()
 
-    def solve(self, steps: Steps, force: Tensor) -> Tensor:
-        r"""The step of x and D, with shape (B, 2, N, values), that the secants expect to leave no force.
+    def solve(self, steps: Steps, force: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        r"""The step of x and D, with shape (N, values), image by image, that the secants expect to leave no force.
 
         .. math:: \alpha_p \delta_p - \delta_{p-1} + \sum_q \gamma_{pq} J_q \delta_q = F_p
         """
@@ -130,13 +132,12 @@ class Secants:
         inverse, lever = steps.inverted(kriged.scalar)
         of_u, of_v = self._added(kriged, self._weights(kriged, inverse, lever) * steps.moving[:, :, None])
         numbers = [uploaded(each, force) for each in (inverse, -lever, kriged.scalar[..., None], of_u, of_v)]
-        change = force.new_empty(len(of_u), 2, *force.shape[::2])
-        for image, (x, d) in enumerate(change):
+        x, d = self._change[:, : len(force)]
+        for image in range(force.shape[1]):
             to_force, to_added, scalar, to_u, to_v = (each[image] for each in numbers)
             torch.mm(to_u, self._u[image, self._slots], out=d).addmm_(to_v, self._v[image, self._slots])
             torch.mm(to_force, force[:, image], out=x).addmm_(to_added, d)
-            d.addcmul_(x, scalar)
-        return change
+            yield x, d.addcmul_(x, scalar)
 
     def _added(self, kriged: Kriged, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """:math:`(V - j U)` times weights, as numbers by which the window's u's and v's are added: both (B, N, ...)."""
