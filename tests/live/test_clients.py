@@ -270,7 +270,8 @@ def test_the_bar_only_goes_forward_and_says_why(
 ) -> None:
     seen = followed(settings, sampler_name="Euler", **request_)
     done = [p["progress"] for p in seen]
-    assert len(done) > 5 and done == sorted(done) and 0 < done[0] < 0.5 < done[-1] <= 1
+    assert len(done) > 5 and 0 < done[0] < 0.5 < done[-1] <= 1
+    assert all(later >= before - 1e-9 for before, later in zip(done, done[1:]))  # the host adds parts up in floats
     assert all(p["eta_relative"] > -1 for p in seen)
     for text in says:
         assert any(text in (p["textinfo"] or "") for p in seen)
