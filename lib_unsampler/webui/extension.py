@@ -22,16 +22,13 @@ from .. import __version__
 from ..core.trajectory import Trajectory
 from ..settings import (
     INFOTEXT_PREFIX,
-    SAMPLING,
     VERSION_KEY,
     Settings,
     SettingsError,
     parse_args,
-    remarks,
     surface_fields,
     to_infotext,
 )
-from ..settings.effects import clamped
 from . import refusals
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
@@ -41,7 +38,7 @@ from .host.progress import add_jobs, quiet
 from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
 from .host.saving import put_first
 from .host.schedule import has_sigmas, make_sampler
-from .onward import StrengthMap
+from .onward import mapped
 from .reply import Reply
 from .showing import Showing, Waiting
 
@@ -197,28 +194,15 @@ class Request:
             raise
 
     def _check(self) -> None:
-        name = self.p.sampler_name
-        sampler = make_sampler(self.p)
+        p, sampler = self.p, make_sampler(self.p)
         try:
-            self.saved = refusals.check(self.p, self.settings, sampler, self.preferences.megapixels)
+            self.saved = refusals.check(p, self.settings, sampler, self.preferences.megapixels)
         except ValueError as error:
             raise RefusedError(f"Batch Unsampler: {error}") from None
-        for line in self._without_effect(sampler):
-            comment(self.p, line)
+        for line in refusals.remarked(p, self.settings, sampler, self.script):
+            comment(p, line)
         if not has_sigmas(sampler):
-            comment(self.p, f"{name} has no sigma schedule: its timesteps' noise levels are shown")
-            self.p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{name} timesteps"
-        if self.script is not None and self.wanted - SAMPLING - {"latents", "comfyui"}:
-            comment(self.p, f"{self.script} gets one picture for each image; the others are only saved to disk")
-
-    def _without_effect(self, sampler: Any) -> list[str]:
-        """What was asked for and changes nothing, or less than it says."""
-        defaults = field_defaults()
-        values = {f.name: (getattr(self.settings, f.name), f.default) for f in surface_fields("host")}
-        given = {name for name, (value, own) in values.items() if value not in (own, defaults.get(name, own))}
-        steps = refusals.asked_steps(self.p, self.settings, sampler)[0]
-        beyond = [] if self.settings.trajectory else clamped(self.settings, steps)
-        return [*remarks(self.settings, given, self.settings.output), *beyond]
+            p.extra_generation_params[INFOTEXT_PREFIX + "schedule"] = f"{p.sampler_name} timesteps"
 
     def on_sample(self, *args: Any, **kwargs: Any) -> Any:
         """The host's sampling of one batch, with ours in it; then the frames are made."""
@@ -227,7 +211,8 @@ class Request:
         self._complete()  # of a batch whose own pictures did not come
         try:
             with ExitStack() as guided:
-                run = BatchRun(p, self.settings, self.saved, self._strengths(guided))
+                strengths = mapped(p, guided) if self.settings.maps else None
+                run = BatchRun(p, self.settings, self.saved, strengths)
                 self.runs.append(run)
                 if p.iteration == 0:
                     add_jobs(extra_jobs(self.settings, self.saved is not None) * p.n_iter)
@@ -247,17 +232,6 @@ class Request:
             return samples
         shape = (3, p.height, p.width)
         return Decoded(torch.zeros(shape) for _ in p.prompts)
-
-    def _strengths(self, guided: ExitStack) -> StrengthMap | None:
-        """The mask as a map of strengths; while it guides, the host inpaints nothing and begins at its largest."""
-        p = self.p
-        if not self.settings.maps:
-            return None
-        found = StrengthMap(p.nmask * p.denoising_strength)
-        for name, value in (("mask", None), ("nmask", None), ("denoising_strength", found.largest)):
-            guided.enter_context(attribute(p, name, value))
-        p.overlay_images = None
-        return found
 
     def _start(self, run: BatchRun, batch: Batch) -> Tensor:
         """The host swallows nothing here, but must clean up after its sampling: what fails is raised later."""

@@ -155,7 +155,10 @@ class Filing:
         if self._last:
             self._naming.stand_in(self._last, self._entry)
         if self._kept is not None:
-            self._file_latents(self._kept, self._trajectory(self._kept, source, mask, handoff, recording))
+            replay = recording if self._indices[-1] == self._plan.start else None  # not of what was interrupted
+            walked = (self._plan, self._indices, self._kept.outline)
+            parts: dict[str, Any] = {"mask": mask, "handoff": handoff, "replay": replay}
+            self._file_latents(self._kept, trajectory_of(self._p, self._settings, *walked, source, **parts))
         self._say_what_is_missing(save)
 
     def _file_latents(self, kept: Kept, made: Trajectory) -> None:
@@ -176,32 +179,31 @@ class Filing:
         number = self._p.iteration * self._p.batch_size + image
         comment(self._p, f"round trip of image {number}: {'; '.join(trip.lines())}")
 
-    def _trajectory(
-        self, kept: Kept, source: Tensor, mask: Tensor | None, handoff: Tensor | None, recording: Recording | None
-    ) -> Trajectory:
-        p, plan = self._p, self._plan
-        return trajectory.of_walk(
-            plan.levels.schedule,
-            self._indices,
-            kept.outline,
-            source,
-            plan.prediction,
-            mask=mask,
-            handoff=handoff,
-            replay=recording if self._indices[-1] == plan.start else None,  # not of what was interrupted
-            seeds=tuple(int(seed) for seed in p.seeds),
-            settings=asdict(self._settings),
-            info={
-                "model": str(p.sd_model_name),
-                "sampler": str(p.sampler_name),
-                "scheduler": str(p.scheduler),
-                "latent format": comfy.form_of(*latent_scale(p.sd_model)),
-            },
-        )
-
     def _say_what_is_missing(self, save: bool) -> None:
         made = self.count * len(self._reels) if "frames" in self._wanted else 0
         shown = self._naming.count("frame")
         if shown < made and self._reply.limit:
             others = "all are saved" if save else "the others are not kept, since this request saves nothing"
             comment(self._p, f"{shown} of {made} frames are shown, spread evenly; {others}")
+
+
+def trajectory_of(
+    p: Any, settings: Settings, plan: Plan, indices: Sequence[int], z: Tensor, source: Tensor, **parts: Any
+) -> Trajectory:
+    """The latents file of a batch's walk, with what the request and its model say of it; see ``trajectory.of_walk``."""
+    return trajectory.of_walk(
+        plan.levels.schedule,
+        indices,
+        z,
+        source,
+        plan.prediction,
+        seeds=tuple(int(seed) for seed in p.seeds),
+        settings=asdict(settings),
+        info={
+            "model": str(p.sd_model_name),
+            "sampler": str(p.sampler_name),
+            "scheduler": str(p.scheduler),
+            "latent format": comfy.form_of(*latent_scale(p.sd_model)),
+        },
+        **parts,
+    )

@@ -7,6 +7,7 @@ function is run with another start, with its state mixed before each step, or wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,3 +116,12 @@ class StrengthMap:
         """(schedule steps, start level) of img2img at the largest strength."""
         with attribute(p, "denoising_strength", self.largest):
             return img2img_steps(p)
+
+
+def mapped(p: Any, guided: ExitStack) -> StrengthMap:
+    """The mask as a map of strengths; within ``guided`` the host inpaints nothing and begins at its largest."""
+    found = StrengthMap(p.nmask * p.denoising_strength)
+    for name, value in (("mask", None), ("nmask", None), ("denoising_strength", found.largest)):
+        guided.enter_context(attribute(p, name, value))
+    p.overlay_images = None
+    return found

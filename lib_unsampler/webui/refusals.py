@@ -12,12 +12,13 @@ from ..core.replay import check_function
 from ..core.schedule import Levels, step_at
 from ..core.trajectory import Trajectory, TrajectoryError
 from ..pictures.animation import check_format
-from ..settings import SAMPLING, TITLE, Settings
+from ..settings import SAMPLING, TITLE, Settings, remarks, surface_fields
+from ..settings.effects import clamped
 from . import saved, shelf
 from .filing import ENDINGS
 from .host.codec import factor, latent_scale
 from .host.guiding import sampler_function
-from .host.page import output_folder
+from .host.page import field_defaults, output_folder
 from .host.request import refiner
 from .host.schedule import (
     get_sigmas,
@@ -50,6 +51,24 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     if set(settings.output) - (SAMPLING - {"strength sweep"}):
         _check_work(p, settings, asked_steps(p, settings, sampler)[0], walked, most)
     return None
+
+
+def remarked(p: Any, settings: Settings, sampler: Any, script: str | None) -> list[str]:
+    """What is to be said of a request that can be done: what changes nothing, or less than it says.
+
+    Arguments:
+        script: The title of the script that drives the request, if one does.
+    """
+    defaults = field_defaults()
+    values = {f.name: (getattr(settings, f.name), f.default) for f in surface_fields("host")}
+    given = {name for name, (value, own) in values.items() if value not in (own, defaults.get(name, own))}
+    said = remarks(settings, given, settings.output)
+    said += [] if settings.trajectory else clamped(settings, asked_steps(p, settings, sampler)[0])
+    if not has_sigmas(sampler):
+        said.append(f"{p.sampler_name} has no sigma schedule: its timesteps' noise levels are shown")
+    if script is not None and set(settings.output) - SAMPLING - {"latents", "comfyui"}:
+        said.append(f"{script} gets one picture for each image; the others are only saved to disk")
+    return said
 
 
 def asked_steps(p: Any, settings: Settings, sampler: Any) -> tuple[int, int]:
