@@ -108,6 +108,12 @@ def rehearse(
         raise RehearsalError(f"sampler: {name_of(function)!r} cannot be tried out: {said}") from error
 
 
+def _silent(function: Sampler, like: Tensor) -> dict[str, Any]:
+    """The option by which a sampler that takes its noise from outside gets none."""
+    takes = "noise_sampler" in inspect.signature(function).parameters
+    return {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
+
+
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -165,9 +171,8 @@ def forward(function: Sampler, model: Any, like: Tensor, *, sigmas: Tensor, **op
         told = int(info["i"])
         first.append(len(shown) - 1)
 
-    takes = "noise_sampler" in inspect.signature(function).parameters
-    silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
-    rehearse(function, Counted(model), waves(0, like), sigmas, options, callback=callback, **silent)
+    changed = {"callback": callback, **_silent(function, like)}
+    rehearse(function, Counted(model), waves(0, like), sigmas, options, **changed)
     return Forward(tuple(first), tuple(shown), tuple(levels))
 
 
@@ -208,9 +213,7 @@ def goes_on_from_shown(
     """
     if len(firsts) < 2:
         return True
-    takes = "noise_sampler" in inspect.signature(function).parameters
-    silent: dict[str, Any] = {"noise_sampler": lambda *_: torch.zeros_like(waves(0, like))} if takes else {}
-    changed = {"callback": lambda _: None, **silent}
+    changed = {"callback": lambda _: None, **_silent(function, like)}
 
     def end(start: Tensor, by: float, answers: bool, way: Tensor) -> Tensor:
         return rehearse(function, _Moved(model, firsts[0], by, answers), start, way, options, **changed)
