@@ -181,6 +181,11 @@ def kin(sampler: str, solver: str) -> tuple[str, str | None]:
     return name, f"{sampler} {why}: inverted ({solver}) as {name}"
 
 
+def held(sampler: str, solver: str) -> int:
+    """How many values an inversion holds at its worst for each value of its states, by a measurement of the process."""
+    return 16 if solver == "exact" and kin(sampler, solver)[0] in JOINT else 4
+
+
 def without_noise(sampler: str, solver: str, options: Mapping[str, Any]) -> str:
     """The message to show where a sampler's options (``s_churn``) add noise, which its inversion leaves out."""
     churn = f" with s_churn {options['s_churn']:g}" if options.get("s_churn") else ""

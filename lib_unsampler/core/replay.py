@@ -49,6 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kept import InMemory, Store, finite
 from .noising import add_noise
 from .rehearsal import RehearsalError, Sampler, StandIn, name_of, rehearse, waves
 
@@ -177,13 +178,12 @@ class Asked:
 
     Attributes:
         z: Where it leads.
-        step: The step it belongs to.
         noise: What it was settled to, when it was first added; None before.
         scaled: Whether its factor was above 0 everywhere.
     """
 
-    def __init__(self, z: Tensor, step: int) -> None:
-        self.z, self.step = z, step
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
         self.noise: Tensor | None = None
         self.scaled = False
 
@@ -204,38 +204,51 @@ class Recorder:
     """The ``noise_sampler`` and ``callback`` of a recording run."""
 
     def __init__(
-        self, sigmas: Tensor, states: Tensor, source: Tensor, fresh: Iterator[Tensor], prediction: str
+        self,
+        sigmas: Tensor,
+        z: Tensor,
+        source: Tensor,
+        fresh: Iterator[Tensor],
+        prediction: str,
+        states: Store,
+        maps: Store,
     ) -> None:
-        """See :func:`record`."""
+        """See :func:`record`; the stores take what is recorded."""
         self._sigmas = sigmas
-        self._targets = [*states.flip(0)[1:], source]
+        self._z = z
         self._source = source
         self._fresh = fresh
         self._prediction = prediction
-        self.states: list[Tensor] = []
-        self.asked: list[Asked] = []
-
-    @property
-    def maps(self) -> list[Tensor]:
-        """The noises in the order in which they were asked for; 0 where one was dropped."""
-        return [torch.zeros_like(self._source) if one.noise is None else one.noise for one in self.asked]
+        self._states, self._maps = states, maps
+        self._begun = 0
+        self._open: list[Asked] = []
+        self._settled: list[tuple[int, bool]] = []
 
     def callback(self, info: Mapping[str, Any]) -> None:
         """Called by the sampler once in each step, with the x before it."""
-        self.states.append(info["x"].clone())
+        self.close()
+        self._states.add(info["x"])
+        self._begun += 1
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> OpenNoise:
         """The noise of the step to ``sigma_next``, which is chosen when the sampler adds it."""
-        asked = Asked(self._target(torch.as_tensor(sigma_next)), len(self.states) - 1)
-        self.asked.append(asked)
+        asked = Asked(self._target(torch.as_tensor(sigma_next)))
+        self._open.append(asked)
         return OpenNoise(asked)
+
+    def close(self) -> None:
+        """Keeps the noises of the step that is over, in the order in which they were asked for; 0 where one dropped."""
+        for asked in self._open:
+            self._maps.add(torch.zeros_like(self._source) if asked.noise is None else asked.noise)
+            self._settled.append((self._begun - 1, asked.scaled))
+        self._open.clear()
 
     def _target(self, sigma: Tensor) -> Tensor:
         """Z at a level: the given one (or the source) at the step's end, a fresh one at a level on the way there."""
-        step = min(len(self.states), len(self._targets))
+        steps = len(self._z)
+        step = min(self._begun, steps)
         if torch.isclose(sigma.cpu().float(), self._sigmas[step].cpu().float(), rtol=1e-5):  # exp(log(s)) is not s
-            held: Tensor = self._targets[step - 1]
-            return held
+            return self._source if step == steps else self._z[steps - 1 - step]
         return add_noise(self._source, next(self._fresh), sigma, self._prediction)
 
     def recording(self, function: Sampler, options: Mapping[str, Any], out: Tensor) -> Recording:
@@ -244,29 +257,30 @@ class Recorder:
         Raises:
             ReplayError: by name, if it cannot be replayed.
         """
-        name, steps = name_of(function), len(self._targets)
-        if len(self.states) != steps:
-            raise ReplayError(f"sampler: {name!r} tells of {len(self.states)} steps on a schedule of {steps}")
-        taken = {asked.step for asked in self.asked if asked.noise is not None and asked.scaled}
+        self.close()
+        name, steps = name_of(function), len(self._z)
+        if self._begun != steps:
+            raise ReplayError(f"sampler: {name!r} tells of {self._begun} steps on a schedule of {steps}")
+        taken = {step for step, scaled in self._settled if scaled}
         for step, (here, to) in enumerate(zip(self._sigmas[:-2].tolist(), self._sigmas[1:-1].tolist())):
             if step not in taken and here > to:
                 raise ReplayError(
                     f"sampler: {name!r} adds no noise at step {step} (sigma {here:.4g} to {to:.4g}), which replay "
                     "needs at every step but the last; choose another, such as 'euler_ancestral' (Euler a)"
                 )
-        if any(one.step < 0 for one in self.asked):
+        if any(step < 0 for step, _ in self._settled):
             raise ReplayError(f"sampler: {name!r} asks for noise before its first step")
         made = Recording(
             sampler=name,
             options=plain_options(function, options),
             sigmas=self._sigmas,
-            states=torch.stack(self.states),
-            maps=torch.stack(self.maps) if self.asked else out.new_empty((0, *out.shape)),
-            steps=tuple(one.step for one in self.asked),
+            states=self._states.stack(),
+            maps=self._maps.stack() if self._settled else out.new_empty((0, *out.shape)),
+            steps=tuple(step for step, _ in self._settled),
             residual=self._source.cpu().double() - out.cpu().double(),
         )
         for part in ("states", "maps", "residual"):
-            if not getattr(made, part).isfinite().all():
+            if not finite(getattr(made, part)):
                 raise ReplayError(f"sampler: {name!r} gives {part} that are not finite numbers")
         return made
 
@@ -304,6 +318,7 @@ def record(
     fresh: Iterator[Tensor],
     prediction: str,
     rewind: Callable[[], None] | None = None,
+    store: Callable[[], Store] = InMemory,
     **options: Any,
 ) -> Recording:
     """The noises with which a sampler gives the source.
@@ -319,6 +334,7 @@ def record(
         prediction: ``eps``, ``v`` or ``flow``.
         rewind: Has the model that is no plain function of x and sigma asked its first question again, to see
             whether it answers the same; called before that, for one that counts its calls.
+        store: Where what is recorded is kept, in memory or on disk.
         options: The sampler's keywords; ``callback`` is called too, ``noise_sampler`` is replaced.
 
     Raises:
@@ -328,16 +344,17 @@ def record(
     if states.shape != (len(sigmas) - 1, *source.shape):
         raise ReplayError(f"states: {tuple(states.shape)} are not one z for each of {len(sigmas) - 1} levels")
     rehearsed(function, model, sigmas, source, prediction, 0, **options)
-    recorder, shown = Recorder(sigmas, states, source, fresh, prediction), options.get("callback")
+    with store() as begun, store() as maps:
+        recorder, shown = Recorder(sigmas, states, source, fresh, prediction, begun, maps), options.get("callback")
 
-    def callback(info: Mapping[str, Any]) -> None:
-        recorder.callback(info)
-        if shown is not None:
-            shown(info)
+        def callback(info: Mapping[str, Any]) -> None:
+            recorder.callback(info)
+            if shown is not None:
+                shown(info)
 
-    run = {**options, "callback": callback, "noise_sampler": recorder}
-    out = function(model if rewind is None else _AskedAgain(model, rewind), states[-1], sigmas, **run)
-    return recorder.recording(function, options, out)
+        run = {**options, "callback": callback, "noise_sampler": recorder}
+        out = function(model if rewind is None else _AskedAgain(model, rewind), states[-1], sigmas, **run)
+        return recorder.recording(function, options, out)
 
 
 def rehearsed(
@@ -353,7 +370,8 @@ def rehearsed(
     source, noise = waves(0, like), [waves(1 + number, like) for number in range(steps)]
     zs = [add_noise(source, n, sigma, prediction) for n, sigma in zip(noise, sigmas[:-1].flip(0))]
     fresh = (waves(1 + number, like) for number in count(steps))
-    recorder, stand_in = Recorder(sigmas, torch.stack(zs), source, fresh, prediction), StandIn(model)
+    recorder = Recorder(sigmas, torch.stack(zs), source, fresh, prediction, InMemory(), InMemory())
+    stand_in = StandIn(model)
     try:
         run: dict[str, Any] = {"callback": recorder.callback, "noise_sampler": recorder}
         made = recorder.recording(function, options, rehearse(function, stand_in, zs[-1], sigmas, options, **run))

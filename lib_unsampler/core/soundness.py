@@ -6,8 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from .kept import finite
 from .noising import PREDICTIONS
 from .replay import Recording
 
@@ -81,16 +81,12 @@ def _replay_misfits(saved: Trajectory, recorded: Recording) -> list[str]:
 
 def bad_values(saved: Trajectory) -> list[str]:
     """What a trajectory's tensors hold that none can: a sentence each. Reads everything."""
-    wrong = [name for name, tensor in saved.tensors().items() if not _finite(tensor)]
+    wrong = [name for name, tensor in saved.tensors().items() if not finite(tensor)]
     found = [f"{name} holds values that are not finite" for name in wrong]
     if saved.mask is not None and "mask" not in wrong and not 0 <= saved.mask.min() <= saved.mask.max() <= 1:
         low, high = float(saved.mask.min()), float(saved.mask.max())
         found.append(f"mask holds values from {low:g} to {high:g}, not from 0 to 1")
     return found
-
-
-def _finite(tensor: Tensor) -> bool:
-    return all(bool(part.isfinite().all()) for part in (tensor if tensor.ndim else [tensor]))  # a level at a time
 
 
 def _broadcasts(shape: tuple[int, ...], onto: tuple[int, ...]) -> bool:

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import naming, spool, whole
+from ..files import whole
+from .kept import Kept, data_of
 from .replay import Recording
 from .soundness import DTYPES, bad_values, misfits
 
@@ -151,51 +151,6 @@ def cut(trajectory: Trajectory, start: int) -> Trajectory:
     return replace(trajectory, z=z, sigmas=sigmas, start=start, handoff=handoff, replay=replay)
 
 
-class Kept:
-    """The levels of a trajectory that is being made, on disk one after the other; forgotten on exit."""
-
-    def __init__(self, path: Path) -> None:
-        """``path`` is the trajectory file to be: its folder has room for it, or else nothing is begun."""
-        self._path = path
-        self._file = spool(path)
-        self._count = 0
-        self._level = torch.empty(0, device="meta")
-
-    def __enter__(self) -> Kept:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, z: Tensor) -> None:
-        """Takes the next noisier level, with shape (B, C, [T,] H, W)."""
-        self._level = torch.empty_like(z, device="meta")
-        with naming(self._path):
-            self._file.write(_bytes(z))
-        self._count += 1
-
-    @property
-    def outline(self) -> Tensor:
-        """A tensor of the levels' shape and type without their data."""
-        return self._level.expand(self._count, *self._level.shape)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every level, as it was taken, on the CPU."""
-        for data in self:
-            yield torch.frombuffer(bytearray(data), dtype=self._level.dtype).reshape(self._level.shape)
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Every level's data."""
-        self._file.seek(0)
-        length = self._level.element_size() * self._level.numel()
-        return (self._file.read(length) for _ in range(self._count))
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
 def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
     """Writes a trajectory file; it appears under its name only when whole.
 
@@ -224,7 +179,7 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
     with whole(path) as part, part.open("wb") as file:
         file.write(_head(tensors, metadata))
         for name, tensor in tensors.items():
-            for data in kept if name == "z" and kept is not None else [_bytes(tensor)]:
+            for data in kept if name == "z" and kept is not None else [data_of(tensor)]:
                 file.write(data)
 
 

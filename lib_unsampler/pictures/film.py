@@ -8,9 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..core.kept import Kept
 from ..core.noising import variance_preserving
 from ..core.schedule import Levels
-from ..core.trajectory import Kept
 from ..settings import Settings
 
 

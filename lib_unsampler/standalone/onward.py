@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..core import inversion, replay
 from ..core.guidance import skip_residual
-from ..core.noising import SeededDraws, add_noise, blend, normalize_noise, unsample
+from ..core.kept import Store
+from ..core.noising import SeededDraws, add_noise, blend, normalize_noise, walk
 from ..core.replay import Recording
 from ..core.schedule import Levels, levels
 from ..core.trajectory import Trajectory
@@ -124,17 +125,24 @@ def remaining(plan: Levels) -> Tensor:
     return plan.schedule[plan.kept[-1] :]
 
 
-def record(source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, quiet: bool) -> Recording:
-    """The picture as its sampler's noises."""
+def record(
+    source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, quiet: bool, store: Callable[[], Store]
+) -> Recording:
+    """The picture as its sampler's noises; ``store`` is where its levels and theirs are kept."""
     below = recorded_levels(plan, settings)
     prediction = PREDICTION[settings.model]
     draw = SeededDraws((settings.seed,), tuple(source.shape[1:]))
-    states = unsample(source, below, draw, settings.noise, prediction, settings.normalize)
+    with store() as levels_of:
+        for _, z in walk(source, below, draw, settings.noise, prediction, settings.normalize):
+            levels_of.add(z)
+        states = levels_of.stack()
     fresh = (draw(j) for j in count(len(plan.schedule) - 1))
     model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
     with bar("recording", len(states), quiet) as callback:
         options: dict[str, Any] = {"callback": callback, "disable": True}
-        return replay.record(function, model, remaining(below), states, source, fresh, prediction, **options)
+        return replay.record(
+            function, model, remaining(below), states, source, fresh, prediction, store=store, **options
+        )
 
 
 def play_back(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..core import inversion, replay, trajectory
 from ..core.held import every_level, unguidable
+from ..core.kept import Kept
 from ..core.noising import SeededDraws, walk
 from ..core.schedule import Levels, levels, noisy, step_at
 from ..core.trajectory import Trajectory
@@ -53,10 +54,6 @@ from .walkback import WalkBack, round_trip, walk_back
 DEFAULT_STEPS = 20
 CHUNK_VALUES = 2**20
 """Values of latents that are turned into pictures at once."""
-
-
-RECORDED_COPIES = 5
-"""How many values a replay holds at its worst for each value of its levels: z, states and maps, and those stacked."""
 
 
 @dataclass(frozen=True)
@@ -262,24 +259,24 @@ def unsample_picture(
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan, inverts = plan_levels(settings), settings.mode == "invert"
     start = plan.kept[-1]
-    records = settings.mode == "replay" and bool(targets.latents or targets.resample)
-    first = recorded_levels(plan, settings).kept[-1] if records else start
+    spooled = (targets.latents or targets.resample) if settings.mode == "replay" else None
+    first = start if spooled is None else recorded_levels(plan, settings).kept[-1]
     told = story(settings, targets, plan.schedule, plan.kept, first)
     _check_animations(settings, targets, told, plan.kept, source)
-    if records:
-        steps = len(recorded_levels(plan, settings).visited)
-        memory.check(RECORDED_COPIES * 4 * steps * source.numel(), f"the {steps} levels of a replay")
+    if inverts:
+        size = 4 * len(plan.visited) * source.numel() * inversion.held(settings.sampler, settings.solver)
+        memory.check(size, f"the {len(plan.visited)} levels of an inversion")
     model = source_model(settings, source, None)  # a model must not see a clean border at a high noise level
     walked_back = walk_back(model, source, plan, settings, PREDICTION[settings.model], quiet) if inverts else None
     walked = noised(source, plan, settings) if walked_back is None else walked_back.kept(plan)
     seen = {} if walked_back is None else walked_back.estimates
     scene = Scene(source, plan.schedule, PREDICTION[settings.model], settings.view, mask, seen)
-    recording = record(source, plan, settings, mask, quiet) if records else None
+    recording = None if spooled is None else record(source, plan, settings, mask, quiet, partial(Kept, spooled))
     level = shared_levels(source, plan.schedule, settings)
     if walked_back is not None:
         level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
     back = Back(scene, settings, resampler(settings), level, recording, 0)
-    with trajectory.Kept(targets.latents) if targets.latents else nullcontext() as kept:
+    with Kept(targets.latents) if targets.latents else nullcontext() as kept:
         _write(walked, scene, told, plan, back, settings, targets, quiet, kept)
         if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
@@ -329,7 +326,7 @@ def noised(source: Tensor, plan: Levels, settings: Settings) -> Iterator[tuple[i
 
 
 def _keep(
-    kept: trajectory.Kept,
+    kept: Kept,
     scene: Scene,
     plan: Levels,
     settings: Settings,
@@ -423,7 +420,7 @@ def _write(
     settings: Settings,
     targets: Targets,
     quiet: bool,
-    kept: trajectory.Kept | None = None,
+    kept: Kept | None = None,
     handoff: Tensor | None = None,
 ) -> None:
     """Runs the levels through every writer that is wanted, and samples them back.

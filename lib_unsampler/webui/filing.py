@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import comfy, trajectory
+from ..core.kept import Kept
 from ..core.replay import Recording
-from ..core.trajectory import Kept, Trajectory
+from ..core.trajectory import Trajectory
 from ..pictures import render, roundtrip
 from ..pictures.background import Background
 from ..pictures.progression import Frame

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_unsampler.bench import replay as bench
+from lib_unsampler.core.kept import InMemory, Kept
 from lib_unsampler.core.noising import SeededDraws, walk
 from lib_unsampler.core.replay import Recorder, Recording, ReplayError, check_function, record, replay
 from lib_unsampler.core.schedule import levels
@@ -192,12 +194,15 @@ def test_an_open_loop_and_a_missing_residual_are_worse() -> None:
     maps = []
     for i in range(19):
         here = world.states[-1 - i]
-        recorder = Recorder(world.sigmas[i:], world.states[: 20 - i], world.source, fresh(20), "eps")
+        maps_of = InMemory()
+        given = (world.sigmas[i:], world.states[: 20 - i], world.source, fresh(20), "eps")
+        recorder = Recorder(*given, InMemory(), maps_of)
         kd.sample_euler_ancestral(
             world.denoiser(), here, world.sigmas[i : i + 2], noise_sampler=recorder, callback=recorder.callback,
             disable=True,
         )  # fmt: skip
-        maps += recorder.maps
+        recorder.close()
+        maps += [*maps_of.stack()]
     values = {**vars(recording), "maps": torch.stack(maps)}
     open_loop = decibels(world.replay(Recording(**values)), world.source)
     bare = Recording(**{**vars(recording), "residual": torch.zeros_like(recording.residual)})
@@ -307,6 +312,40 @@ def test_a_schedule_that_ends_above_zero_has_the_source_there(sampler: str, cfg:
     torch.testing.assert_close(recording.states, world.states.flip(0), rtol=2e-6, atol=2e-6)
     edit = world.replay(recording, "sea")
     assert (edit - world.source).abs().max() > 0.01 and edit.isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_sde"])
+def test_on_disk_it_is_the_same_recording(sampler: str, tmp_path: Path) -> None:
+    world = World("gaussian", 7.0)
+    held = world.record(sampler)
+    kept = world.record(sampler, store=lambda: Kept(tmp_path / "x.safetensors"))
+    assert kept.steps == held.steps and not list(tmp_path.iterdir())
+    for part in ("states", "maps", "residual"):
+        assert torch.equal(getattr(kept, part), getattr(held, part))
+    assert torch.equal(world.replay(kept), world.source)
+
+
+def own_memory() -> int:
+    """Bytes of this process that the system could not drop and read again."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon:")))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told so by Linux alone")
+def test_recording_holds_a_few_levels_however_many_there_are(tmp_path: Path) -> None:
+    sigmas, source = get_sigmas("karras", 60, "eps"), torch.rand(1, 3, 512, 512)
+    room: list[int] = []
+
+    with Kept(tmp_path / "x") as drawn:
+        for _, z in walk(source, levels(sigmas), SeededDraws((1,), (3, 512, 512)), "independent", "eps"):
+            drawn.add(z)
+        made = record(
+            kd.sample_euler_ancestral, lambda x, _: 0.5 * x, sigmas, drawn.stack(), source, iter(()), "eps",
+            store=lambda: Kept(tmp_path / "x"), callback=lambda _: room.append(own_memory()), disable=True,
+        )  # fmt: skip
+
+    assert made.states.shape == (60, *source.shape)
+    assert max(*room[10:], own_memory()) - room[10] < 16 * 4 * source.numel()  # held, the last 50 twice would be 100
 
 
 def test_the_samplers_callback_is_called_while_recording() -> None:

@@ -267,17 +267,17 @@ def test_something_is_said_before_torch_is_loaded(picture: Path, tmp_path: Path)
     process.communicate(timeout=120)
 
 
-def test_a_replay_that_does_not_fit_is_refused_before_any_work(
+def test_an_inversion_that_does_not_fit_is_refused_before_any_work(
     picture: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free", lambda: 10**6)
-    arguments = ("--mode", "replay", "--sampler", "euler_ancestral", "--resample", tmp_path / "x.png", "--steps", 1000)
+    arguments = ("--mode", "invert", "--sampler", "euler", "--resample", tmp_path / "x.png", "--steps", 1000)
     with pytest.raises(SystemExit) as caught:
         run(picture, *arguments, "-o", tmp_path / "x.gif")
     assert caught.value.code == 2 and names(tmp_path) == {"picture.png"}
     assert capsys.readouterr().err == (
         "unsampler: error: out of memory: take fewer steps, a larger --step-increment or a smaller --size "
-        "(the 1000 levels of a replay take 0.0 GB, and 0.0 GB are free)\n"
+        "(the 1000 levels of an inversion take 0.0 GB, and 0.0 GB are free)\n"
     )
 
 
