@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.ahead import Ahead
 from ..core.held import every_level
 from ..core.inversion import unconverged
 from ..core.noising import add_noise, normalize_noise, walk
@@ -209,7 +210,7 @@ class BatchRun:
         if self.inverted is not None:
             return self.inverted.kept(plan.levels)
         kind = "independent" if self.settings.mode == "replay" else self.settings.noise
-        draws = HostDraws(self.p, noise)
+        draws = Ahead(HostDraws(self.p, noise), len(plan.levels.visited) - 1)
         return walk(x, plan.levels, draws, kind, plan.prediction, self.settings.normalize)
 
     def close(self) -> None:

@@ -46,6 +46,7 @@ class HostDraws:
 
     Draw 0 is img2img's own noise as the sampler receives it; the later ones continue the same
     seeds' streams, with the request's noise multiplier. None of the sampler's draws is consumed.
+    Once draw 1 was asked for, later ones may be on another thread: they touch no global generator.
     """
 
     def __init__(self, p: Any, first: Tensor) -> None:
@@ -59,10 +60,13 @@ class HostDraws:
         """The j-th draw of every image."""
         if j == 0:
             return self._first
-        with untouched_generators():
-            while self._next <= j:
-                drawn = self._rng.next()
-                self._next += 1
+        if self._next == 0:
+            with untouched_generators():  # a host's first draw seeds them
+                self._rng.next()
+            self._next = 1
+        while self._next <= j:
+            drawn = self._rng.next()
+            self._next += 1
         if self._scale not in (None, 1.0):
             drawn = drawn * self._scale
         return drawn.to(self._first.device)

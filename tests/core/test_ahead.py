@@ -1,0 +1,61 @@
+"""Draws made ahead are the draws, made while the one before is in use, and no more of them than wanted."""
+
+from __future__ import annotations
+
+from threading import Event, get_ident
+
+import pytest
+import torch
+from torch import Tensor
+
+from lib_unsampler.core.ahead import Ahead
+from lib_unsampler.core.noising import SeededDraws
+
+SHAPE = (4, 8, 8)
+
+
+@pytest.mark.parametrize("asked", [(0, 1, 2, 3, 4), (1, 3, 4), (0, 4), (2, 3)])
+def test_they_are_the_draws(asked: tuple[int, ...]) -> None:
+    ahead, plain = Ahead(SeededDraws((1, 2), SHAPE), 4), SeededDraws((1, 2), SHAPE)
+    assert all(torch.equal(ahead(j), plain(j)) for j in asked)
+
+
+def test_the_next_is_made_while_one_is_in_use() -> None:
+    made, threads = {2: Event(), 3: Event()}, set()
+
+    def draw(j: int) -> Tensor:
+        if j in made:
+            made[j].set()
+            threads.add(get_ident())
+        return torch.full((1,), float(j))
+
+    ahead = Ahead(draw, 3)
+    assert ahead(0) == 0 and ahead(1) == 1
+    assert made[2].wait(10) and not made[3].is_set()  # nobody has asked for 2
+    assert ahead(2) == 2 and made[3].wait(10) and get_ident() not in threads
+
+
+def test_nothing_is_drawn_behind_the_last_nor_for_who_wants_the_first_alone() -> None:
+    drawn: list[int] = []
+
+    def draw(j: int) -> Tensor:
+        drawn.append(j)
+        return torch.zeros(1)
+
+    ahead = Ahead(draw, 2)
+    ahead(0)
+    assert drawn == [0]
+    ahead(1), ahead(2)
+    assert drawn == [0, 1, 2]
+
+
+def test_an_error_reaches_who_asks() -> None:
+    def draw(j: int) -> Tensor:
+        if j == 2:
+            raise RuntimeError("out of noise")
+        return torch.zeros(1)
+
+    ahead = Ahead(draw, 5)
+    ahead(1)
+    with pytest.raises(RuntimeError, match="out of noise"):
+        ahead(2)
