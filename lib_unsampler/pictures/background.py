@@ -1,6 +1,7 @@
 """Work on threads while the next is prepared: encoding frame k while frame k + 1 is decoded.
 
-Pillow's quantiser, deflate and WebP encoder, and PyAV's, let other threads run meanwhile.
+Pillow's quantiser and WebP encoder, zlib and PyAV let other threads run meanwhile; Pillow's other encoders only where
+they write into a file of the system's, and its PNG encoder nowhere (:mod:`.png`).
 """
 
 from __future__ import annotations

@@ -13,13 +13,15 @@ Lloyd's steps (IEEE Trans. Inf. Theory 28, 1982) then moves every colour to the 
 from __future__ import annotations
 
 import io
+import os
 import struct
-import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import GifImagePlugin, Image, PngImagePlugin
+from PIL import Image, PngImagePlugin
+
+from . import png
 
 PALETTE_SIDE = 48
 WEBP_QUALITY = 80
@@ -93,6 +95,15 @@ class _File:
         self._file.close()
 
 
+GIF_HEAD = 13
+"""Bytes before a GIF's palette: signature and screen descriptor, whose third byte from the end tells its length."""
+
+
+def _unnamed() -> BinaryIO:
+    """A file in memory; only Linux has those that the system knows."""
+    return os.fdopen(os.memfd_create("frame"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+
+
 class Gif(_File):
     """GIF89a: header, screen descriptor without a global palette, loop and comment extensions, frames."""
 
@@ -109,8 +120,20 @@ class Gif(_File):
 
     @staticmethod
     def encode(frame: Image.Image) -> bytes:
-        """Image descriptor, palette and LZW data."""
-        return b"".join(GifImagePlugin.getdata(quantize(frame), include_color_table=True))
+        """Image descriptor, palette and LZW data.
+
+        Taken out of a whole file: into one with a descriptor Pillow's LZW writes without holding the interpreter.
+        """
+        reduced = quantize(frame)
+        reduced.info.clear()  # what else a picture says of itself would come before its descriptor
+        with _unnamed() as file:
+            reduced.save(file, "GIF", interlace=0, optimize=False)
+            file.seek(0)
+            made = file.read()
+        colours = 2 << (made[GIF_HEAD - 3] & 7)
+        palette, at = made[GIF_HEAD : GIF_HEAD + 3 * colours], GIF_HEAD + 3 * colours
+        size, data = made[at : at + 9], made[at + 10 : -1]
+        return size + bytes([0x80 | made[GIF_HEAD - 3] & 7]) + palette + data
 
     def add(self, blob: bytes, ticks: int) -> None:
         self._file.write(b"!\xf9\x04\x04" + struct.pack("<H", ticks) + b"\0\0")
@@ -126,18 +149,15 @@ class Apng(_File):
     side, ticks_per_second, ticks = 2**31 - 1, 1000, 10 * (2**16 - 1)
 
     def begin(self) -> None:
-        self._file.write(b"\x89PNG\r\n\x1a\n")
-        self._chunk(b"IHDR", struct.pack(">IIBBBBB", *self._size, 8, 2, 0, 0, 0))
+        self._file.writelines(png.header(self._size))
         self._control = self._file.tell()
         self._write_control()
-        for kind, data, *_ in parameters(self._text).chunks:
-            self._chunk(kind, data)
+        self._file.writelines(png.texts(parameters(self._text)))
 
     @staticmethod
     def encode(frame: Image.Image) -> bytes:
         """Filtered and deflated pixels, without loss."""
-        level, kind = 1, zlib.Z_RLE  # noise repeats nothing: a search is in vain
-        return frame.tobytes("zip", "RGB", False, level, kind, b"")
+        return png.deflated(frame)
 
     def add(self, blob: bytes, ticks: int) -> None:
         sequence = max(0, 2 * self._count - 1)
@@ -159,10 +179,7 @@ class Apng(_File):
         self._chunk(b"acTL", struct.pack(">II", self._count, self._plays))
 
     def _chunk(self, kind: bytes, *data: bytes) -> None:
-        crc = zlib.crc32(kind)
-        for part in data:
-            crc = zlib.crc32(part, crc)
-        self._file.writelines([struct.pack(">I", sum(map(len, data))), kind, *data, struct.pack(">I", crc)])
+        self._file.writelines(png.chunk(kind, *data))
 
 
 class WebP(_File):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..pictures import animation
+from ..files import whole
+from ..pictures import png
 from ..pictures.background import Background
+from ..pictures.containers import parameters
 from .folders import FRAME_NAME
 from .onward import WRITTEN_BY
 
@@ -31,7 +33,8 @@ class Stills:
         self._count += 1
 
     def _write(self, path: Path, picture: Image.Image) -> Path:
-        animation.write_png(path, picture, self._text)
+        with whole(path) as part:
+            png.save(picture, part, parameters(self._text))
         return path
 
     def finish(self) -> None:

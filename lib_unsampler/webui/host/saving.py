@@ -15,6 +15,7 @@ from modules import images, processing, shared
 from PIL import Image
 
 from ...files import whole
+from ...pictures import png
 from .page import preferences
 from .request import attribute, comment
 
@@ -39,7 +40,10 @@ def _save(p: Any, picture: Image.Image, folder: str, form: str, index: int, text
 
     def noted(file: Any, *args: Any, **kwargs: Any) -> None:
         begun.append(file)
-        save(file, *args, **kwargs)
+        if not args and isinstance(file, (str, os.PathLike)) and png.serves(picture, kwargs):
+            png.save(picture, file, kwargs.get("pnginfo"))
+        else:
+            save(file, *args, **kwargs)
 
     try:
         with attribute(p, "batch_index", index), attribute(picture, "save", noted):  # file name patterns read the first
