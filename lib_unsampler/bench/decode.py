@@ -1,9 +1,11 @@
 """From the first decode to the closed GIF, beside the decoder alone, by a WebUI's own autoencoder.
 
-Needs a CUDA device and ``--ldm``, a folder with Stability's ``ldm`` as A1111 keeps one under ``repositories``. The
-decoder has Stable Diffusion's size and random weights, in float16, its attention torch's own, as a WebUI runs it; it
-decodes picture by picture and looks for values that are not numbers, as A1111 does. 20 levels of independent noise and
-the source, variance preserving: SDXL's 1024x1024 and SD 1.5's 512x512. Noise is the WebUI's NV source.
+Needs a CUDA device and ``--host``, a checkout of A1111 with its ``repositories``: the decoder is its code, of Stable
+Diffusion's size, with random weights in float16, its attention torch's own; the noise is its NV source. 20 levels of
+independent noise and the source, variance preserving: SDXL's 1024x1024 and SD 1.5's 512x512.
+
+*One by one* decodes picture by picture on the GPU and looks for values that are not numbers, as A1111 does. *Four at
+once* hands float32 pictures from 0 to 1 to the CPU and brings them to -1 to 1 there, as Forge does.
 
 *GIF* is what an extension's own work adds: noising, decoding, pictures, the animation. *and PNG* also saves every
 frame. Both end when the last file is whole.
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core.ahead import Ahead
-from ..core.noising import walk
-from ..core.philox import PhiloxDraws
+from ..core.noising import Draw, walk
 from ..core.schedule import Levels, levels
 from ..pictures.background import Background
 from ..pictures.progression import Scene, frames
@@ -39,15 +41,16 @@ from ..standalone.stills import Stills
 from ._report import Report, progress
 
 SIDES = {"SDXL 1024x1024": 128, "SD 1.5 512x512": 64}
+WAYS = {"one by one": False, "four at once": True}
 STEPS = 20
 
 
 class Decoder:
-    """Latents to pictures as A1111's ``decode_latent_batch`` makes them, on the GPU."""
+    """Latents to pictures as a WebUI's ``decode_latent_batch`` makes them."""
 
-    def __init__(self, ldm: Path) -> None:
-        """``ldm`` is the folder that holds the package of that name."""
-        sys.path.insert(0, str(ldm))
+    def __init__(self, host: Path, together: bool) -> None:
+        """``host`` is A1111's checkout; ``together`` decodes as Forge does."""
+        sys.path.insert(0, str(host / "repositories/stable-diffusion-stability-ai"))
         made = import_module("ldm.modules.diffusionmodules.model")
         made.AttnBlock.forward = _attention
         torch.manual_seed(0)
@@ -55,16 +58,31 @@ class Decoder:
         size |= {"attn_resolutions": [], "in_channels": 3, "resolution": 256, "z_channels": 4}
         network = nn.Sequential(nn.Conv2d(4, 4, 1), made.Decoder(**size))
         self._network = network.to("cuda", torch.float16).eval().requires_grad_(False)
+        self.at_once = 4 if together else 1
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Pictures in [-1, 1] or near it, with shape (B, 3, H, W)."""
-        made = []
-        for latent in latents.split(1):
-            picture = self._network(latent.half() / 0.18215).float()[0]
-            if picture.isnan().all():
-                raise ValueError("the decoder's answer is not a number")
-            made.append(picture)
-        return torch.stack(made)
+        pictures = self._network(latents.half() / 0.18215)
+        if self.at_once > 1:
+            return ((pictures.cpu().float() + 1) / 2).clamp(0, 1) * 2 - 1
+        if pictures.isnan().all():
+            raise ValueError("the decoder's answer is not a number")
+        return pictures
+
+
+class HostDraws:
+    """The NV source's draws of one image, in order."""
+
+    def __init__(self, host: Path, shape: tuple[int, ...]) -> None:
+        spec = spec_from_file_location("rng_philox", host / "modules/rng_philox.py")
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        self._generator, self._shape = module.Generator(1), shape
+
+    def __call__(self, j: int) -> Tensor:
+        """The next draw."""
+        return torch.asarray(self._generator.randn(self._shape), device="cuda")[None]
 
 
 def _attention(self: Any, x: Tensor) -> Tensor:
@@ -78,81 +96,81 @@ def _attention(self: Any, x: Tensor) -> Tensor:
 
 def alone(decoder: Decoder, source: Tensor, plan: Levels) -> None:
     """The decoder on as many latents, and nothing else."""
-    for _ in range(len(plan.kept) + 1):
-        decoder(source)
+    for latents in source.expand(len(plan.kept) + 1, -1, -1, -1).split(decoder.at_once):
+        decoder(latents)
     torch.cuda.synchronize()
 
 
-def filed(decoder: Decoder, source: Tensor, plan: Levels, folder: Path, stills: bool) -> None:
+def filed(decoder: Decoder, draw: Draw, source: Tensor, plan: Levels, folder: Path, stills: bool) -> None:
     """Every level decoded and written, as the extension does."""
-    draws = Ahead(PhiloxDraws((1,), source.shape[1:]), len(plan.visited) - 1)
+    draws = Ahead(draw, len(plan.visited) - 1)
     settings = Settings(output=("animation",))
     scene = Scene(source, plan.schedule, "eps", "variance preserving")
-    walked = walk(source, plan, lambda j: draws(j).to(source.device), "independent", "eps")
+    walked = walk(source, plan, draws, "independent", "eps")
 
     def decode(latents: Tensor) -> list[Image.Image]:
         return to_pictures(decoder(latents))
 
-    with Background() as background:
+    with Background() as background, Background(1) as one:
         sigmas = [0.0, *plan.sigmas.tolist()]
-        saver = Stills(folder, "", background) if stills else None
+        saver = Stills(folder, "", one) if stills else None
         with Reel(settings, sigmas, "", background, folder / "x.gif", False) as reel:
-            for frame, sigma in zip(frames(walked, scene, True, decode, 1, lambda *_: True), sigmas):
+            for frame, sigma in zip(frames(walked, scene, True, decode, decoder.at_once, lambda *_: True), sigmas):
                 shown = reel.add(frame.pictures[0], frame.index, None)
                 if saver is not None:
                     saver.add(shown, sigma)
+            one.finish()
             reel.finish()
-        background.finish()
 
 
-def measure(name: str, decoder: Decoder, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, way: str, host: Path, rounds: int) -> list[dict[str, Any]]:
     """The three, one after the other in each round; medians."""
-    side = SIDES[name]
+    decoder, side = Decoder(host, WAYS[way]), SIDES[name]
     source = torch.randn(1, 4, side, side, device="cuda")
     plan = levels(sampling.get_sigmas("karras", STEPS, "eps"))
     with tempfile.TemporaryDirectory() as made, torch.inference_mode():
         folder = Path(made)
-        ways: dict[str, Callable[[], None]] = {
+
+        def written(stills: bool) -> None:
+            filed(decoder, HostDraws(host, source.shape[1:]), source, plan, folder, stills)
+
+        runs: dict[str, Callable[[], None]] = {
             "decoder alone": lambda: alone(decoder, source, plan),
-            "GIF": lambda: filed(decoder, source, plan, folder, False),
-            "GIF and PNG": lambda: filed(decoder, source, plan, folder, True),
+            "GIF": lambda: written(False),
+            "GIF and PNG": lambda: written(True),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {to: [] for to in runs}
         peaks = {}
         for number in range(rounds + 1):
-            for way, run in ways.items():
+            for to, run in runs.items():
                 torch.cuda.reset_peak_memory_stats()
                 begun = time.perf_counter()
                 run()
                 if number:
-                    seconds[way].append(time.perf_counter() - begun)
-                peaks[way] = torch.cuda.max_memory_allocated()
+                    seconds[to].append(time.perf_counter() - begun)
+                peaks[to] = torch.cuda.max_memory_allocated()
+    medians = {to: statistics.median(taken) for to, taken in seconds.items()}
+    about = {"size": name, "way": way}
     return [
-        {"size": name, "way": way, "seconds": statistics.median(seconds[way]), "peak_bytes": peaks[way]} for way in ways
+        {**about, "to": to, "seconds": medians[to], "ratio": medians[to] / medians["decoder alone"], "peak": peaks[to]}
+        for to in runs
     ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Where the autoencoder's code is."""
-    parser.add_argument("--ldm", type=Path, required=True, help="the folder that holds Stability's package ldm")
+    """Where the host's code is."""
+    parser.add_argument("--host", type=Path, required=True, help="a checkout of A1111, its repositories included")
 
 
 def run(options: argparse.Namespace) -> Report:
-    """Both sizes, where there is a GPU."""
+    """Both sizes both ways, where there is a GPU."""
     if not torch.cuda.is_available():
         raise SystemExit("unsampler: error: bench decode needs a CUDA device")
-    decoder = Decoder(options.ldm)
-    records = [record for name in progress(SIDES, len(SIDES)) for record in measure(name, decoder, 5)]
-    base = {record["size"]: record for record in records if record["way"] == "decoder alone"}
+    cases = [(name, way) for way in WAYS for name in SIDES]
+    records = [record for name, way in progress(cases, len(cases)) for record in measure(name, way, options.host, 5)]
     rows = [
-        [
-            record["size"],
-            record["way"],
-            f"{record['seconds']:.3f} s",
-            f"{record['seconds'] / base[record['size']]['seconds']:.3f}",
-            f"{record['peak_bytes'] / 1e6:.0f} MB",
-        ]
-        for record in records
+        [r["size"], r["way"], r["to"], f"{r['seconds']:.3f} s", f"{r['ratio']:.3f}", f"{r['peak'] / 1e6:.0f} MB"]
+        for r in records
     ]
-    columns = ["pictures", "to", "time", "over the decoder alone", "peak GPU memory"]
+    columns = ["pictures", "decoded", "to", "time", "over the decoder alone", "peak GPU memory"]
     return Report("From the first decode to the closed GIF, 21 frames", columns, rows, records, [])

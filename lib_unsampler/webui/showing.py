@@ -78,7 +78,7 @@ class Showing:
             progress.step(seen, None)
             return False
 
-        schedule, chunk = self._plan.levels.schedule, decodable(self._x)
+        schedule, chunk = self._plan.levels.schedule, decodable(self._p, self._x)
         sigmas = [0.0] * begins_clean + (self._plan.levels.sigmas.tolist() if noising or self._film is None else [])
         sigmas += [*schedule[steps].tolist(), 0.0] if self._film is not None else []
         filing = self._filing = self._stack.enter_context(self._begun(sigmas))

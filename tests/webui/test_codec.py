@@ -48,7 +48,7 @@ def test_a_latents_file_is_named_as_a_picture_of_its_size(
 
 @pytest.mark.parametrize("factor", [8, 16])
 def test_the_decoder_s_memory_is_of_pixels(host: SimpleNamespace, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU with room for five pictures of 512 x 512 at a time."""
+    """A GPU with room for three pictures of 512 x 512 at a time, where the host decodes them together."""
     from modules import devices
 
     from lib_unsampler.webui.host import codec
@@ -57,10 +57,12 @@ def test_the_decoder_s_memory_is_of_pixels(host: SimpleNamespace, factor: int, m
     monkeypatch.setattr(host.processing, "opt_f", factor)
     monkeypatch.setattr(devices, "device", SimpleNamespace(type="cuda"))
     monkeypatch.setattr(devices, "dtype_vae", torch.float16, raising=False)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(5.5 * need / 0.7), 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(3.5 * need / 0.7), 0))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    assert codec.decodable(torch.empty(1, 4, 512 // factor, 512 // factor)) == 5
+    latents = torch.empty(1, 4, 512 // factor, 512 // factor)
+    together, apart = (SimpleNamespace(sd_model=SimpleNamespace(**more)) for more in ({"forge_objects": object()}, {}))
+    assert codec.decodable(together, latents) == 3 and codec.decodable(apart, latents) == 1
 
 
 def reported(host: SimpleNamespace, picture: Image.Image, **fields: Any) -> dict[str, Any]:

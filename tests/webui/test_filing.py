@@ -223,7 +223,7 @@ def test_frames_are_decoded_in_chunks_and_again_in_smaller_ones(
         return decode(model, batch, **more)
 
     monkeypatch.setattr(host.processing, "decode_latent_batch", limited)
-    monkeypatch.setattr(showing, "decodable", lambda latents: 8)
+    monkeypatch.setattr(showing, "decodable", lambda p, latents: 8)
     monkeypatch.setattr(showing, "free_memory", lambda: freed.append(True))
     chunked = host.run({"output": ["frames"]}, batch_size=2)[1]
     assert pixels(chunked) == pixels(plain) and asked == [16, 8, 4, 4, 4, 4, 2] and len(freed) == 2

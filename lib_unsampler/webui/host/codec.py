@@ -38,9 +38,13 @@ def factor() -> int:
 
 
 def decode(p: Any, latents: Tensor) -> list[Tensor]:
-    """Latents of shape (B, C, H, W) to pictures in [-1, 1] of shape (3, H, W), as the host's settings say."""
+    """Latents of shape (B, C, H, W) to pictures in [-1, 1] of shape (3, H, W), as the host's settings say.
+
+    They are left where the host makes them: A1111's on the GPU, where their bytes are made sooner than here.
+    """
+    place = latents.device if _one_by_one(p.sd_model) else devices.cpu
     with torch.no_grad():
-        made = processing.decode_latent_batch(p.sd_model, latents, target_device=devices.cpu, check_for_nans=True)
+        made = processing.decode_latent_batch(p.sd_model, latents, target_device=place, check_for_nans=True)
     return [picture.reshape(-1, *picture.shape[-3:])[0] for picture in made]  # some models have a time axis
 
 
@@ -48,12 +52,18 @@ DECODER_BYTES = 2178
 """What a VAE needs at its worst for each pixel and byte of its values (ComfyUI's and Forge's estimate)."""
 
 
-MOST_AT_ONCE = 16
+MOST_AT_ONCE = 4
+"""An H100 gains a tenth by more, and the animation waits for them."""
 
 
-def decodable(latents: Tensor) -> int:
+def _one_by_one(model: Any) -> bool:
+    """Whether the host decodes the pictures of a batch one after the other, as A1111 does; Forge takes all at once."""
+    return getattr(model, "forge_objects", None) is None
+
+
+def decodable(p: Any, latents: Tensor) -> int:
     """How many batches like this one of latents, with shape (B, C, [T,] H, W), a GPU decodes at once; else 1."""
-    if devices.device.type != "cuda":
+    if devices.device.type != "cuda" or _one_by_one(p.sd_model):
         return 1
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     pixels = factor() ** 2 * latents.shape[-1] * latents.shape[-2] * len(latents)
