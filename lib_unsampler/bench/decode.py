@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -34,7 +35,7 @@ from ..core.schedule import Levels, levels
 from ..pictures.background import Background
 from ..pictures.progression import Scene, frames
 from ..pictures.reel import Reel
-from ..pictures.render import to_pictures
+from ..pictures.render import pixels, to_pictures
 from ..settings import Settings
 from ..standalone import sampling
 from ..standalone.stills import Stills
@@ -108,8 +109,8 @@ def filed(decoder: Decoder, draw: Draw, source: Tensor, plan: Levels, folder: Pa
     scene = Scene(source, plan.schedule, "eps", "variance preserving")
     walked = walk(source, plan, draws, "independent", "eps")
 
-    def decode(latents: Tensor) -> list[Image.Image]:
-        return to_pictures(decoder(latents))
+    def decode(latents: Tensor) -> Callable[[], list[Image.Image]]:
+        return partial(to_pictures, pixels(decoder(latents)))
 
     with Background() as background, Background(1) as one:
         sigmas = [0.0, *plan.sigmas.tolist()]

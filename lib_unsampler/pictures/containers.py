@@ -99,9 +99,11 @@ GIF_HEAD = 13
 """Bytes before a GIF's palette: signature and screen descriptor, whose third byte from the end tells its length."""
 
 
-def _unnamed() -> BinaryIO:
-    """A file in memory; only Linux has those that the system knows."""
-    return os.fdopen(os.memfd_create("frame"), "w+b") if hasattr(os, "memfd_create") else io.BytesIO()
+def _saved(picture: Image.Image, file: BinaryIO) -> bytes:
+    with file:
+        picture.save(file, "GIF", interlace=0, optimize=False)
+        file.seek(0)
+        return file.read()
 
 
 class Gif(_File):
@@ -126,10 +128,10 @@ class Gif(_File):
         """
         reduced = quantize(frame)
         reduced.info.clear()  # what else a picture says of itself would come before its descriptor
-        with _unnamed() as file:
-            reduced.save(file, "GIF", interlace=0, optimize=False)
-            file.seek(0)
-            made = file.read()
+        try:
+            made = _saved(reduced, os.fdopen(os.memfd_create("frame"), "w+b"))
+        except (AttributeError, OSError):  # not Linux, or no room for files: the caller's own will tell of that
+            made = _saved(reduced, io.BytesIO())
         colours = 2 << (made[GIF_HEAD - 3] & 7)
         palette, at = made[GIF_HEAD : GIF_HEAD + 3 * colours], GIF_HEAD + 3 * colours
         size, data = made[at : at + 9], made[at + 10 : -1]

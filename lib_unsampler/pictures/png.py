@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 SUB = 1
 """The filter type of Sub; Up and Average follow."""
+STRIP = 2**17
+"""Bytes that are filtered at once: as many as a processor's nearest memory holds a few times over."""
 
 
 def chunk(kind: bytes, *data: bytes) -> Iterator[bytes]:
@@ -40,8 +43,20 @@ def header(size: tuple[int, int]) -> Iterator[bytes]:
 def deflated(picture: Image.Image) -> bytes:
     """The pixels of an RGB picture, filtered and deflated: what its IDAT chunks hold."""
     rows = np.asarray(picture).reshape(picture.height, -1)
-    left, above = np.zeros_like(rows), np.zeros_like(rows)
-    left[:, 3:], above[1:] = rows[:, :-3], rows[:-1]
+    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    above = np.zeros_like(rows[:1])
+    parts, height = [], max(1, STRIP // rows.shape[1])
+    for top in range(0, len(rows), height):
+        strip = rows[top : top + height]
+        parts.append(deflate.compress(_filtered(strip, above).data))
+        above = strip[-1:]
+    return b"".join([*parts, deflate.flush()])
+
+
+def _filtered(rows: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Rows of pixels, each behind its filter's type; ``before`` is the row above the first."""
+    left, above = np.zeros_like(rows), np.concatenate([before, rows[:-1]])
+    left[:, 3:] = rows[:, :-3]
     choices = [rows - left, rows - above, rows - ((left & above) + ((left ^ above) >> 1))]
     sizes = [np.minimum(kept, 0 - kept).sum(axis=1, dtype=np.int64) for kept in choices]  # of the signed bytes
     best = np.argmin(sizes, axis=0)
@@ -49,8 +64,7 @@ def deflated(picture: Image.Image) -> bytes:
     stored[:, 0] = best + SUB
     for number, kept in enumerate(choices):
         stored[best == number, 1:] = kept[best == number]
-    deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-    return deflate.compress(stored.data) + deflate.flush()
+    return stored
 
 
 def serves(picture: Image.Image, options: Mapping[str, Any]) -> bool:

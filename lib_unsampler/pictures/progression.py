@@ -5,8 +5,12 @@ The command line and the WebUI share it: they differ in who walks the levels and
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -15,8 +19,11 @@ from torch import Tensor
 from ..core.noising import blend
 from .render import beside, in_chunks, viewed
 
+Item = TypeVar("Item")
 Visit = Callable[[int, Tensor, Tensor], bool]
 """Told a level's schedule index, z and masked z on the way; answers whether it is to be shown."""
+Decode = Callable[[Tensor], Callable[[], list[Image.Image]]]
+"""Decodes latents of shape (N, C, [T,] H, W); what it returns makes their N pictures, on another thread."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +75,18 @@ def frames(
     walked: Iterable[tuple[int, Tensor]],
     scene: Scene,
     begins_clean: bool,
-    decode: Callable[[Tensor], list[Image.Image]],
+    decode: Decode,
     chunk: int,
     visit: Visit,
     recover: Callable[[], None] = lambda: None,
 ) -> Iterator[Frame]:
-    """Every frame of a batch, least noisy first; nothing is held but the chunk that is being decoded.
+    """Every frame of a batch, least noisy first; nothing is held but a chunk and the one that is being decoded.
 
     Arguments:
         walked: The levels as (schedule index, z), least noisy first.
         scene: What they are shown with.
         begins_clean: Whether the source comes first.
-        decode: Turns latents of shape (N, C, [T,] H, W) into N pictures.
+        decode: From latents to pictures.
         chunk: Levels to decode at once, at least 1.
         visit: Told every level once, whether it is shown or not.
         recover: Gives memory back after it ran out.
@@ -100,7 +107,7 @@ def stills(
     views: Iterable[tuple[int | None, Tensor]],
     count: int,
     schedule: Tensor,
-    decode: Callable[[Tensor], list[Image.Image]],
+    decode: Decode,
     chunk: int,
     recover: Callable[[], None] = lambda: None,
 ) -> Iterator[Frame]:
@@ -110,11 +117,28 @@ def stills(
         views: What to decode as (schedule index, latents): a batch, or a batch's panels one after the other.
     """
 
-    def pictures(taken: list[tuple[int | None, Tensor]]) -> list[list[Image.Image]]:
-        every = decode(torch.cat([view for _, view in taken]))
-        size = len(every) // len(taken)  # more than count where each image has a panel
-        panels = [every[start : start + size] for start in range(0, len(every), size)]
-        return [[beside(panel[image::count]) for image in range(count)] for panel in panels]
+    def panels(taken: list[tuple[int | None, Tensor]]) -> list[Callable[[], list[Image.Image]]]:
+        made = maker.submit(decode(torch.cat([view for _, view in taken])))
+        return [partial(_panels, made, number, len(taken), count) for number in range(len(taken))]
 
-    for (index, _), made in in_chunks(views, pictures, chunk, recover):
-        yield Frame(index, 0.0 if index is None else float(schedule[index]), made)
+    with ThreadPoolExecutor(1, "unsampler-pictures") as maker:
+        for (index, _), made in _behind(in_chunks(views, panels, chunk, recover), chunk):
+            yield Frame(index, 0.0 if index is None else float(schedule[index]), made())
+
+
+def _panels(made: Future[list[Image.Image]], number: int, levels: int, count: int) -> list[Image.Image]:
+    """One of several levels' pictures, for each image side by side where it has a panel of more than one."""
+    every = made.result()
+    size = len(every) // levels
+    panel = every[number * size : (number + 1) * size]
+    return [beside(panel[image::count]) for image in range(count)]
+
+
+def _behind(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each when ``count`` more have come."""
+    waiting = deque[Item]()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, product
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ..core.noising import variance_preserving
 from .drawing import ACCENT, FAINT, INK, PAPER, Plot, font, write_text
 
 Level = TypeVar("Level")
+Made = TypeVar("Made")
 
 SHEET_SIDE = 192
 SHEET_FRAMES = 400
@@ -26,14 +29,40 @@ LEGIBLE = 6
 """No caption's letters are lower, in pixels."""
 
 
-def to_pictures(decoded: Tensor) -> list[Image.Image]:
-    """RGB pictures from decoded images in [-1, 1] with shape (B, 3, H, W); values outside clip.
+STRIP = 2**16
+"""Values that are turned into bytes at once on the CPU: as many as its nearest memory holds."""
 
-    Their bytes are made where the images are: a quarter of the values' then comes from a GPU.
-    """
+
+def pixels(decoded: Tensor) -> Tensor | NDArray[np.uint8]:
+    """What comes to the CPU of decoded images in [-1, 1] with shape (B, 3, H, W): bytes of a GPU's, else themselves."""
+    if decoded.device.type == "cpu":
+        return decoded
     levels = decoded.float().clamp(-1, 1).add_(1).mul_(127.5).round_()
-    pixels = levels.permute(0, 2, 3, 1).to(torch.uint8, memory_format=torch.contiguous_format)
-    return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
+    made: NDArray[np.uint8] = levels.permute(0, 2, 3, 1).to(torch.uint8).contiguous().cpu().numpy()
+    return made
+
+
+def to_pictures(decoded: Tensor | NDArray[np.uint8]) -> list[Image.Image]:
+    """RGB pictures from decoded images in [-1, 1] with shape (B, 3, H, W), or their bytes; values outside clip.
+
+    In numpy: torch's threads would wait for those that encode the pictures before.
+    """
+    if isinstance(decoded, Tensor):
+        decoded = _bytes(decoded.detach().float().cpu().numpy())
+    return [Image.fromarray(picture) for picture in decoded]
+
+
+def _bytes(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """:math:`127.5 (x + 1)`, rounded, with shape (B, H, W, 3)."""
+    count, channels, height, width = values.shape
+    made = np.empty((count, height, width, channels), np.uint8)
+    rows = max(1, STRIP // width)
+    for image, top, channel in product(range(count), range(0, height, rows), range(channels)):
+        strip = np.clip(values[image, channel, top : top + rows], -1, 1)
+        strip += 1
+        strip *= np.float32(127.5)
+        made[image, top : top + rows, :, channel] = np.rint(strip, out=strip)
+    return made
 
 
 def viewed(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, prediction: str, view: str) -> Tensor:
@@ -58,15 +87,15 @@ def viewed(z: Tensor, source: Tensor, mask: Tensor | None, sigma: Tensor, predic
 
 def in_chunks(
     levels: Iterable[Level],
-    decode: Callable[[list[Level]], list[list[Image.Image]]],
+    decode: Callable[[list[Level]], list[Made]],
     chunk: int,
     recover: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Level, list[Image.Image]]]:
-    """Each level with its pictures, decoded several at a time: half as many from the moment memory runs out.
+) -> Iterator[tuple[Level, Made]]:
+    """Each level with what is decoded of it, decoded several at a time: half as many from the moment memory runs out.
 
     Arguments:
         levels: Whatever ``decode`` takes, one after the other; at most ``chunk`` are taken ahead.
-        decode: Turns a list of levels into the pictures of each.
+        decode: Turns a list of levels into what is made of each.
         chunk: Levels to decode at once, at least 1.
         recover: Gives memory back after it ran out.
 
@@ -91,8 +120,8 @@ def in_chunks(
             recover()
             chunk = len(taken) // 2
             continue
-        for pictures in decoded:
-            yield waiting.popleft(), pictures
+        for made in decoded:
+            yield waiting.popleft(), made
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -404,7 +404,11 @@ def shown(
 ) -> Iterator[Frame]:
     """The frames of one picture's levels, least noisy first; ``clean`` overrules the settings' include_clean."""
     begins = settings.include_clean if clean is None else clean
-    return frames(walked, scene, begins, render.to_pictures, _chunk(scene), visit)
+    return frames(walked, scene, begins, _decode, _chunk(scene), visit)
+
+
+def _decode(latents: Tensor) -> Callable[[], list[Image.Image]]:
+    return partial(render.to_pictures, latents)  # the embedded models' latents are pictures
 
 
 def _chunk(scene: Scene) -> int:
@@ -480,6 +484,6 @@ def _filmed(
     with Film(path, plan, scene.prediction, settings) as film:
         picture = back(plan.kept[-1], z, quiet, film.listen)
         animation.write_png(path, picture, text)
-        for frame in stills(film.levels(), 1, scene.schedule, render.to_pictures, _chunk(scene)):
+        for frame in stills(film.levels(), 1, scene.schedule, _decode, _chunk(scene)):
             yield frame, "sampling"
     yield Frame(None, 0.0, [picture]), "result"

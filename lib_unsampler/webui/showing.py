@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -149,7 +152,7 @@ class Showing:
         if inverted is None or inverted.back is None:
             return
         back = inverted.back.to(inverted.source)
-        pictures = self._decode(torch.cat([inverted.source, back]))
+        pictures = self._decode(torch.cat([inverted.source, back]))()
         for image, (one, other) in enumerate(zip(pictures[: len(back)], pictures[len(back) :])):
             latents = (inverted.back[image], inverted.source[image])
             encoded = encoded_picture(self._p, image)
@@ -162,11 +165,14 @@ class Showing:
         except ValueError as error:
             raise RefusedError(f"Batch Unsampler: {error}") from None
 
-    def _decode(self, latents: Tensor) -> list[Image.Image]:
-        """The pictures of latents, a whole number of batches, put back into their surroundings."""
-        pictures = render.to_pictures(torch.stack(decode(self._p, latents)))
+    def _decode(self, latents: Tensor) -> Callable[[], list[Image.Image]]:
+        """What makes the pictures of latents, a whole number of batches."""
+        return partial(self._pictures, render.pixels(torch.stack(decode(self._p, latents))))
+
+    def _pictures(self, decoded: Tensor | NDArray[np.uint8]) -> list[Image.Image]:
+        """Decoded pictures, put back into their surroundings."""
         count = len(self._p.prompts)
-        return [overlaid(self._p, picture, number % count) for number, picture in enumerate(pictures)]
+        return [overlaid(self._p, made, number % count) for number, made in enumerate(render.to_pictures(decoded))]
 
 
 class Waiting:

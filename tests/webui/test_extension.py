@@ -257,13 +257,14 @@ def test_the_sampler_s_own_draws_are_those_behind_z(host: SimpleNamespace, noise
 
 
 def test_interrupt_keeps_what_was_done(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = host.shared.state
+    decode, decoded = host.processing.decode_latent_batch, []
 
-    def interrupt_after_three(image: Image.Image) -> None:
-        state.previews.append(image)
-        state.interrupted = len(state.previews) >= 3
+    def interrupting(*args: Any, **more: Any) -> Any:
+        decoded.append(True)
+        host.shared.state.interrupted = len(decoded) >= 3
+        return decode(*args, **more)
 
-    monkeypatch.setattr(state, "assign_current_image", interrupt_after_three, raising=False)
+    monkeypatch.setattr(host.processing, "decode_latent_batch", interrupting)
     p = host.make(({},), is_api=True)
     processed = host.processing.process_images(p)
     kinds = [n["kind"] for n in processed.extra_generation_params["Unsampler images"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -134,10 +135,20 @@ def test_a_saved_frame_stands_in_the_reply_as_its_file(host: SimpleNamespace) ->
             assert file.tobytes() == item.tobytes() and file.info["parameters"] == text
 
 
+def interrupted_at(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Has the user interrupt while picture ``count`` is being decoded."""
+    decode, calls = host.processing.decode_latent_batch, itertools.count(1)
+
+    def interrupting(*args: Any, **more: Any) -> Any:
+        host.shared.state.interrupted = next(calls) >= count
+        return decode(*args, **more)
+
+    monkeypatch.setattr(host.processing, "decode_latent_batch", interrupting)
+
+
 def test_an_interrupt_before_any_noise_makes_nothing(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The source alone is no progression: neither a file of it nor a picture."""
-    state = host.shared.state
-    monkeypatch.setattr(state, "assign_current_image", lambda _: setattr(state, "interrupted", True), raising=False)
+    interrupted_at(host, monkeypatch, 1)
     outputs = ["frames", "animation", "contact sheet", "sigma curve", "latents"]
     processed = host.processing.process_images(host.make(({"output": outputs},)))
     assert processed.images == [] and notes(processed) == [] and not any(host.out.iterdir())
@@ -147,12 +158,7 @@ def test_an_interrupt_before_any_noise_makes_nothing(host: SimpleNamespace, monk
 def test_an_interrupted_run_is_whole_as_far_as_it_came(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     state = host.shared.state
     host.shared.opts.save_incomplete_images = True
-
-    def interrupt(image: Image.Image) -> None:
-        state.previews.append(image)
-        state.interrupted = len(state.previews) >= 4
-
-    monkeypatch.setattr(state, "assign_current_image", interrupt, raising=False)
+    interrupted_at(host, monkeypatch, 4)
     outputs = ["frames", "animation", "contact sheet", "latents"]
     processed = host.processing.process_images(host.make(({"output": outputs, "noise": "path"},)))
     monkeypatch.undo()
