@@ -112,15 +112,15 @@ def filed(decoder: Decoder, draw: Draw, source: Tensor, plan: Levels, folder: Pa
     def decode(latents: Tensor) -> Callable[[], list[Image.Image]]:
         return partial(to_pictures, pixels(decoder(latents)))
 
-    with Background() as background, Background(1) as one:
+    with Background() as background, Background() as savers:
         sigmas = [0.0, *plan.sigmas.tolist()]
-        saver = Stills(folder, "", one) if stills else None
+        saver = Stills(folder, "", savers) if stills else None
         with Reel(settings, sigmas, "", background, folder / "x.gif", False) as reel:
             for frame, sigma in zip(frames(walked, scene, True, decode, decoder.at_once, lambda *_: True), sigmas):
                 shown = reel.add(frame.pictures[0], frame.index, None)
                 if saver is not None:
                     saver.add(shown, sigma)
-            one.finish()
+            savers.finish()
             reel.finish()
 
 

@@ -1,16 +1,20 @@
-"""Noise draws that are made while the one before them is in use."""
+"""Noise draws that are made while those before them are in use."""
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
 from .noising import Draw
 
+MOST = 4
+"""Draws that are made ahead: as many as levels that are decoded at once."""
+
 
 class Ahead:
-    """A :data:`~.noising.Draw` whose later draws are made on a thread, one ahead of what is asked for.
+    """A :data:`~.noising.Draw` whose later draws are made on a thread, some ahead of what is asked for.
 
     Draws 0 and 1 are made when they are asked for: who asks for draw 0 alone pays for no other.
     """
@@ -19,14 +23,15 @@ class Ahead:
         """``draw`` is called in order, never twice at a time; no draw behind ``last`` is made unasked."""
         self._draw, self._last = draw, last
         self._thread = ThreadPoolExecutor(1, "unsampler-noise")  # ends when this is forgotten
-        self._coming: tuple[int, Future[Tensor]] | None = None
+        self._coming: deque[tuple[int, Future[Tensor]]] = deque()
 
     def __call__(self, j: int) -> Tensor:
         """The j-th draw of every image, with shape (B, C, [T,] H, W)."""
-        coming, self._coming = self._coming, None
-        drawn = None if coming is None else coming[1].result()
-        if drawn is None or coming is None or coming[0] != j:
-            drawn = self._draw(j)
-        if 0 < j < self._last:
-            self._coming = (j + 1, self._thread.submit(self._draw, j + 1))
+        while self._coming and self._coming[0][0] < j:
+            self._coming.popleft()
+        drawn = self._coming.popleft()[1].result() if self._coming else self._draw(j)
+        behind = self._coming[-1][0] if self._coming else j
+        while j > 0 and behind < min(self._last, j + MOST):
+            behind += 1
+            self._coming.append((behind, self._thread.submit(self._draw, behind)))
         return drawn

@@ -72,7 +72,7 @@ class Filing:
 
     def _begin(self) -> None:
         encoders = self._stack.enter_context(Background())
-        self._saver = self._stack.enter_context(Background(1))
+        self._saver = self._stack.enter_context(Background())
         self._naming = Naming(self._p, self._reply, self._saver.submit)
         self._moving: list[Path] = []
         self._reels: list[Reel] = []

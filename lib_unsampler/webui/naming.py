@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image
 
+from ..pictures.png import Prepared
 from ..settings import INFOTEXT_PREFIX
 from .host.page import preferences
 from .host.request import attribute, comment
-from .host.saving import infotext, kept_file, moving_item, save_file, save_picture, saved_item
+from .host.saving import infotext, kept_file, moving_item, prepared_to_save, save_file, save_picture, saved_item
 from .reply import Item, Reply
 
 Submit = Callable[..., None]
@@ -26,7 +27,7 @@ class Naming:
     """Names, saves and notes what a batch makes. A picture that is saved stands in the reply as its file."""
 
     def __init__(self, p: Any, reply: Reply, submit: Submit) -> None:
-        """``submit`` runs on one thread, in order, since the host names pictures by counting."""
+        """``submit`` hands on in order, one at a time, since the host names pictures by counting."""
         self._p, self._reply, self._submit = p, reply, submit
         self._files: list[Path] = []
         self._own: list[Item] = []
@@ -41,7 +42,8 @@ class Naming:
         picture.info["parameters"] = text
         note = {"image": self._number(image), **entry}
 
-        def saved(files: tuple[Path, ...]) -> None:
+        def saved(prepared: Prepared | None) -> None:
+            files = save_picture(self._p, own, image, text, suffix, prepared)
             self._files += files
             self._reply.files += files
             if shown:
@@ -50,7 +52,7 @@ class Naming:
         if save:
             own = picture.copy()  # a host may change what it saves: Forge hides text in an alpha channel
             size = 3 * picture.width * picture.height
-            self._submit(size, saved, save_picture, self._p, own, image, text, suffix)
+            self._submit(size, saved, prepared_to_save, own)
         elif shown:
             self._put("frame", Item(picture, text, note))
 

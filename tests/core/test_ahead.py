@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lib_unsampler.core.ahead import Ahead
+from lib_unsampler.core.ahead import MOST, Ahead
 from lib_unsampler.core.noising import SeededDraws
 
 SHAPE = (4, 8, 8)
@@ -20,8 +20,8 @@ def test_they_are_the_draws(asked: tuple[int, ...]) -> None:
     assert all(torch.equal(ahead(j), plain(j)) for j in asked)
 
 
-def test_the_next_is_made_while_one_is_in_use() -> None:
-    made, threads = {2: Event(), 3: Event()}, set()
+def test_the_next_are_made_while_one_is_in_use() -> None:
+    made, threads = {j: Event() for j in range(2, 3 + MOST)}, set()
 
     def draw(j: int) -> Tensor:
         if j in made:
@@ -29,10 +29,10 @@ def test_the_next_is_made_while_one_is_in_use() -> None:
             threads.add(get_ident())
         return torch.full((1,), float(j))
 
-    ahead = Ahead(draw, 3)
+    ahead = Ahead(draw, 9)
     assert ahead(0) == 0 and ahead(1) == 1
-    assert made[2].wait(10) and not made[3].is_set()  # nobody has asked for 2
-    assert ahead(2) == 2 and made[3].wait(10) and get_ident() not in threads
+    assert made[1 + MOST].wait(10) and not made[2 + MOST].is_set()  # nobody has asked for 2
+    assert ahead(2) == 2 and made[2 + MOST].wait(10) and get_ident() not in threads
 
 
 def test_nothing_is_drawn_behind_the_last_nor_for_who_wants_the_first_alone() -> None:

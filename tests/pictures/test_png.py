@@ -54,3 +54,13 @@ def test_what_is_more_than_pixels_and_texts_is_left_to_pillow(change: dict[str, 
     if "profile" in change:
         made.info["icc_profile"] = b"x"
     assert not png.serves(made, {**options, **({"dpi": change["dpi"]} if "dpi" in change else {})})
+
+
+def test_what_is_drawn_on_a_picture_after_it_was_prepared_is_saved_too(tmp_path: Path) -> None:
+    made = picture(20, 10, 255, 3)
+    prepared = png.Prepared(made)
+    png.save(made, tmp_path / "as it was.png", None, prepared)
+    made.putpixel((3, 4), (1, 2, 3))
+    png.save(made, tmp_path / "marked.png", None, prepared)
+    with Image.open(tmp_path / "as it was.png") as one, Image.open(tmp_path / "marked.png") as other:
+        assert other.getpixel((3, 4)) == (1, 2, 3) and other.tobytes() == made.tobytes() != one.tobytes()

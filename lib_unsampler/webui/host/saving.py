@@ -28,12 +28,28 @@ def infotext(p: Any, index: int, extra: dict[str, Any]) -> str:
         )
 
 
-def save_picture(p: Any, picture: Image.Image, index: int, text: str, suffix: str) -> tuple[Path, ...]:
+def save_picture(
+    p: Any, picture: Image.Image, index: int, text: str, suffix: str, prepared: png.Prepared | None = None
+) -> tuple[Path, ...]:
     """Saves a picture where and as the host saves its images; returns the file, and its text file if there is one."""
-    return _save(p, picture, p.outpath_samples, shared.opts.samples_format, index, text, suffix)
+    return _save(p, picture, p.outpath_samples, shared.opts.samples_format, index, text, suffix, prepared)
 
 
-def _save(p: Any, picture: Image.Image, folder: str, form: str, index: int, text: str, suffix: str) -> tuple[Path, ...]:
+def prepared_to_save(picture: Image.Image) -> png.Prepared | None:
+    """What of saving a picture needs none of the host: in any thread, several at once."""
+    return png.Prepared(picture) if shared.opts.samples_format.lower() == "png" else None
+
+
+def _save(
+    p: Any,
+    picture: Image.Image,
+    folder: str,
+    form: str,
+    index: int,
+    text: str,
+    suffix: str,
+    prepared: png.Prepared | None = None,
+) -> tuple[Path, ...]:
     """What the host's ``save_image`` writes of a picture; where it fails, what it has begun is taken away."""
     begun: list[Any] = []
     save = picture.save
@@ -41,7 +57,7 @@ def _save(p: Any, picture: Image.Image, folder: str, form: str, index: int, text
     def noted(file: Any, *args: Any, **kwargs: Any) -> None:
         begun.append(file)
         if not args and isinstance(file, (str, os.PathLike)) and png.serves(picture, kwargs):
-            png.save(picture, file, kwargs.get("pnginfo"))
+            png.save(picture, file, kwargs.get("pnginfo"), prepared)
         else:
             save(file, *args, **kwargs)
 
