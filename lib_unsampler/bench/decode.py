@@ -104,7 +104,7 @@ def alone(decoder: Decoder, source: Tensor, plan: Levels) -> None:
 
 def filed(decoder: Decoder, draw: Draw, source: Tensor, plan: Levels, folder: Path, stills: bool) -> None:
     """Every level decoded and written, as the extension does."""
-    draws = Ahead(draw, len(plan.visited) - 1)
+    draws = Ahead(draw, len(plan.visited) - 1, source.device)
     settings = Settings(output=("animation",))
     scene = Scene(source, plan.schedule, "eps", "variance preserving")
     walked = walk(source, plan, draws, "independent", "eps")
