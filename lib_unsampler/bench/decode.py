@@ -83,7 +83,7 @@ class HostDraws:
 
     def __call__(self, j: int) -> Tensor:
         """The next draw."""
-        return torch.asarray(self._generator.randn(self._shape), device="cuda")[None]
+        return torch.from_numpy(self._generator.randn(self._shape))[None]
 
 
 def _attention(self: Any, x: Tensor) -> Tensor:

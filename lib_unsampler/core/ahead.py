@@ -17,8 +17,8 @@ MOST = 4
 class Ahead:
     """A :data:`~.noising.Draw` whose later draws are made on a thread, some ahead of what is asked for.
 
-    Draws 0 and 1 are made when they are asked for: who asks for draw 0 alone pays for no other. On a GPU those ahead
-    have a stream of their own: a copy behind what is being decoded would wait for it, the interpreter in its hands.
+    Draws 0 and 1 are made when they are asked for: who asks for draw 0 alone pays for no other. What is made on the
+    CPU goes to a GPU only when it is asked for: behind what is being decoded there it would wait for that.
     """
 
     def __init__(self, draw: Draw, last: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Ahead:
             device: Where draws arrive.
         """
         self._draw, self._last = draw, last
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device = device
         self._thread = ThreadPoolExecutor(1, "unsampler-noise")  # ends when this is forgotten
         self._coming: deque[tuple[int, Future[Tensor]]] = deque()
 
@@ -39,18 +39,8 @@ class Ahead:
         while self._coming and self._coming[0][0] < j:
             self._coming.popleft()
         drawn = self._coming.popleft()[1].result() if self._coming else self._draw(j)
-        if drawn.is_cuda:
-            drawn.record_stream(torch.cuda.current_stream(drawn.device))
         behind = self._coming[-1][0] if self._coming else j
         while j > 0 and behind < min(self._last, j + MOST):
             behind += 1
-            self._coming.append((behind, self._thread.submit(self._made, behind)))
-        return drawn
-
-    def _made(self, j: int) -> Tensor:
-        if self._stream is None:
-            return self._draw(j)
-        with torch.cuda.stream(self._stream):
-            drawn = self._draw(j)
-        self._stream.synchronize()
-        return drawn
+            self._coming.append((behind, self._thread.submit(self._draw, behind)))
+        return drawn.to(self._device)

@@ -210,7 +210,7 @@ class BatchRun:
         if self.inverted is not None:
             return self.inverted.kept(plan.levels)
         kind = "independent" if self.settings.mode == "replay" else self.settings.noise
-        draws = Ahead(HostDraws(self.p, noise), len(plan.levels.visited) - 1, x.device)
+        draws = Ahead(HostDraws(self.p, noise).made, len(plan.levels.visited) - 1, x.device)
         return walk(x, plan.levels, draws, kind, plan.prediction, self.settings.normalize)
 
     def close(self) -> None:

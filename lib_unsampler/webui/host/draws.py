@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from k_diffusion import sampling as k_sampling
 from modules import devices, rng
@@ -57,7 +58,11 @@ class HostDraws:
         self._next = 0
 
     def __call__(self, j: int) -> Tensor:
-        """The j-th draw of every image."""
+        """The j-th draw of every image, where the first is."""
+        return self.made(j).to(self._first.device)
+
+    def made(self, j: int) -> Tensor:
+        """The same where it is made."""
         if j == 0:
             return self._first
         if self._next == 0:
@@ -65,11 +70,19 @@ class HostDraws:
                 self._rng.next()
             self._next = 1
         while self._next <= j:
-            drawn = self._rng.next()
+            drawn = _next(self._rng)
             self._next += 1
-        if self._scale not in (None, 1.0):
-            drawn = drawn * self._scale
-        return drawn.to(self._first.device)
+        return drawn if self._scale in (None, 1.0) else drawn * self._scale
+
+
+def _next(images: Any) -> Tensor:
+    """The host's ``next()``, but that its NV source stays on the CPU.
+
+    The host takes that to the GPU without letting go of the interpreter, where it would wait behind a decoder.
+    """
+    if all(hasattr(generator, "randn") for generator in images.generators):
+        return torch.from_numpy(np.stack([generator.randn(images.shape) for generator in images.generators]))
+    return images.next()
 
 
 def pass_draws(p: Any, count: int) -> None:
