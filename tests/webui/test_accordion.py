@@ -16,6 +16,7 @@ import torch
 from doubled import latents_of
 
 from lib_unsampler.core import trajectory
+from lib_unsampler.page import questions
 from lib_unsampler.settings import Settings, form, help_on, surface_fields
 
 HOST = {"sampler": "Euler", "scheduler": "Automatic", "steps": 8, "denoising_strength": 0.6, "width": 64, "height": 64}
@@ -30,7 +31,8 @@ def every(values: dict[str, Any]) -> dict[str, Any]:
 def ask(values: dict[str, Any], **told: Any) -> dict[str, Any]:
     from lib_unsampler.webui import preview
 
-    return preview.told_of({"wants": ["schedule", "check"], "values": every(values), "host": {**HOST, **told}})
+    asked = {"wants": ["schedule", "check"], "values": every(values), "host": {**HOST, **told}}
+    return questions.told_of(asked, preview.foreseen)
 
 
 def read(text: str) -> dict[str, Any]:

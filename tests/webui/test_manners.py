@@ -17,8 +17,9 @@ from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
 from lib_unsampler.core import trajectory
+from lib_unsampler.page import shelf
 from lib_unsampler.settings import Preferences, SettingsError, parse_preferences, surface_fields
-from lib_unsampler.webui import routes, shelf
+from lib_unsampler.webui import routes
 
 
 class AxisOption(SimpleNamespace):
