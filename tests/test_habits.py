@@ -49,7 +49,13 @@ def test_the_page_s_script_is_clean(node_tools: Path) -> None:
     shutil.copy(NODE / "eslint.config.mjs", node_tools)  # its imports are found beside it
     eslint = node_tools / "node_modules/eslint/bin/eslint.js"
     command = ["node", str(eslint), "--config", str(node_tools / "eslint.config.mjs"), "--max-warnings", "0"]
-    done = subprocess.run([*command, "javascript"], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(
+        [*command, "javascript", "lib_unsampler/standalone/serve"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

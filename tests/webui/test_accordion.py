@@ -143,6 +143,12 @@ def test_what_is_refused_is_what_the_request_would_be_refused_for(
     assert errors and field in ({entry["field"] for entry in errors} | {""})
 
 
+def test_what_the_page_says_that_it_resizes_to_is_the_size(host: SimpleNamespace) -> None:
+    sizes = [ask({}, **told)["check"]["said"] for told in ({"width": 128, "height": 256}, {"resized": "128x256"}, {})]
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert ask({}, resized="no image selected")["check"]["said"] == sizes[2]
+
+
 def test_nothing_is_refused_that_is_done(host: SimpleNamespace) -> None:
     for values in ({}, {"output": ["latents"]}, {"mode": "invert"}, {"noise": "path", "captions": True}):
         assert ask(values)["check"]["errors"] == []
