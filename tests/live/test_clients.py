@@ -240,6 +240,12 @@ def test_the_plot_varies_two_fields() -> None:
         assert ("Unsampler noise: path" in text) == (noise == "path") and f"Unsampler end at step: {end}" in text
 
 
+def test_the_plot_takes_ranges_and_the_word_automatic() -> None:
+    reply = plotted([("[Unsampler] end at step", "automatic, 2-3")], {"output": ["frames"]})
+    alone = [img2img({"output": ["frames"], "end_at_step": end}) for end in ("automatic", 2, 3)]
+    assert pixels(reply)[1:] == [pixels(one)[-1] for one in alone]
+
+
 def test_the_plot_says_what_is_wrong_before_it_begins() -> None:
     reply = plotted([("[Unsampler] noise", "shared, pink")], {"output": ["frames"]})
     assert reply["status"] == 422 and "noise: 'pink' is not one of" in reply["detail"]
