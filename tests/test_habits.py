@@ -81,6 +81,8 @@ WRONG = [
     (LAYERS, "core/noising.py", "from ..pictures import render"),
     (LAYERS, "pictures/reel.py", "from ..webui import routes"),
     (LAYERS, "pictures/reel.py", "from ..standalone import sampling"),
+    (LAYERS, "pictures/reel.py", "from ..page import shelf"),
+    (LAYERS, "page/shelf.py", "from ..standalone import sampling"),
     (LAYERS, "webui/routes.py", "from ..standalone import sampling"),
     (LAYERS, "standalone/sampling.py", "from ..webui import routes"),
     (BENCH, "bench/scale.py", "from ..webui import routes"),

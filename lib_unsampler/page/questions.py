@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from ..core import trajectory
-from ..core.trajectory import TrajectoryError
 from ..pictures.estimate import Estimate
 from ..settings import Settings, SettingsError, parse, surface_fields
 from . import shelf
@@ -85,7 +84,7 @@ def answer(question: str, folder: Callable[[], Path], foresee: Foresee) -> Answe
             file = shelf.find(folder(), asked["name"])
         else:
             told |= told_of(asked, foresee)
-    except TrajectoryError as error:
+    except ValueError as error:
         told["error"] = str(error)
     except Exception as error:
         told["error"] = f"{type(error).__name__}: {error}"

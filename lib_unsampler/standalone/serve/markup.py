@@ -19,6 +19,9 @@ RESULTS = "/results/"
 PICTURES = "/examples/"
 """Where results and example pictures are served."""
 
+MOST_PICTURE = 32 * 2**20
+"""Bytes of a picture file."""
+
 PREFIX = "batch_unsampler"
 PRESETS = tuple(name for name in form.PRESETS if name != "Guided upscale")
 """Pictures are never enlarged here."""
@@ -76,7 +79,12 @@ def _picture() -> str:
         )
         for number, name in enumerate(EXAMPLES)
     ]
-    own = tag("label", "Your own", tag("input", type="file", id="own_picture", accept="image/*"), class_="own-picture")
+    own = tag(
+        "label",
+        "Your own",
+        tag("input", type="file", id="own_picture", accept="image/*", data_most=MOST_PICTURE),
+        class_="own-picture",
+    )
     shown = tag("img", id="shown", src=PICTURES + EXAMPLES[0], alt="The chosen picture")
     chosen = tag("fieldset", tag("legend", "Picture"), *examples, own)
     return tag("div", chosen, shown, class_="picture")

@@ -45,6 +45,8 @@
 
     async function picture() {
         const [file] = at("own_picture").files;
+        const most = Number(at("own_picture").dataset.most);
+        if (file?.size > most) throw new Error(`${file.name} is larger than ${Math.round(most / 2 ** 20)} MB`);
         if (file) return { data: await encoded(file) };
         return { example: document.querySelector("input[name=picture]:checked").value };
     }

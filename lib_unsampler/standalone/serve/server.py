@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 from ...page import shelf
 from . import markup, work
-from .markup import PICTURES, RESULTS
+from .markup import MOST_PICTURE, PICTURES, RESULTS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -36,7 +36,7 @@ SERVED[shelf.ENDING] = "application/octet-stream"
 """Results, by their ending."""
 
 MOST_ASKED = 2**16
-MOST_SENT = 48 * 2**20
+MOST_SENT = 4 * MOST_PICTURE // 3 + MOST_ASKED
 """Bytes of a question, and of a request with its picture (in base64, a third more than the file)."""
 PATIENCE = 30.0
 """Seconds after which a connection that says nothing is closed."""

@@ -233,6 +233,11 @@ def test_a_picture_of_one_s_own_and_a_prompt(page: Any, tmp_path: Path) -> None:
     told = generate(page)
     with Image.open(file_of(page, told["images"][0])) as source:
         assert source.size == (60, 30) and source.convert("RGB").getpixel((9, 9)) == (200, 40, 10)
+    with file.open("r+b") as opened:
+        opened.truncate(33 * 2**20)
+    page.locator("#own_picture").set_input_files(str(file))
+    page.locator("#generate").click()
+    page.locator("#says").filter(has_text="red.png is larger than 32 MB").wait_for()
     page.locator("input[name=picture][value=sea]").check(force=True)
     page.wait_for_timeout(200)
     with Image.open(file_of(page, generate(page)["images"][0])) as source:
