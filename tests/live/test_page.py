@@ -72,10 +72,11 @@ def open_fold(page: Any) -> None:
 
 
 def paste(page: Any, text: str) -> None:
-    """Pastes parameters into the prompt and presses the arrow; the prompt is the last thing that is known to change."""
+    """Pastes parameters of seed 5 by the arrow, until the seed shows it; Neo leaves the prompt as it is."""
+    page.locator("#img2img_seed input").first.fill("1")
     page.locator("#img2img_prompt textarea").fill(text)
     page.click("#img2img_tools #paste")
-    page.wait_for_function("document.querySelector('#img2img_prompt textarea').value == 'pasted'", timeout=20000)
+    page.wait_for_function("document.querySelector('#img2img_seed input').value == '5'", timeout=20000)
     page.wait_for_timeout(300)
 
 
