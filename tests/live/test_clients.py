@@ -210,16 +210,22 @@ def test_the_infotext_field_takes_what_the_readme_says() -> None:
     assert said["cfg_scale"] != of_the_first["cfg_scale"] and said["width"] != of_the_first["width"]
 
 
-def plot_axes() -> list[str]:
+def plot_args() -> list[dict[str, Any]]:
     (plot,) = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "x/y/z plot" and s["is_img2img"]]
-    return [c if isinstance(c, str) else c[0] for c in plot["args"][0]["choices"]]
+    return plot["args"]
+
+
+def plot_axes() -> list[str]:
+    return [c if isinstance(c, str) else c[0] for c in plot_args()[0]["choices"]]
 
 
 def plotted(axes: list[tuple[str, str]], settings: Any, **request: Any) -> dict[str, Any]:
     known, args = plot_axes(), []
     for name, values in [*axes, ("Nothing", ""), ("Nothing", "")][:3]:
         args += [known.index(name), values, []]
-    args += [False, True, False, False, False, False, False, 0, True]
+    no_legend_but_pictures, as_text = [False, True, False, False, False, False, False], True
+    sizes = [0] * (len(plot_args()) - len(args) - len(no_legend_but_pictures) - 1)  # Neo's has rows beside the margin
+    args += [*no_legend_but_pictures, *sizes, as_text]
     return img2img(settings, script_name="x/y/z plot", script_args=args, **request)
 
 
