@@ -175,9 +175,8 @@
         }
 
         isUsed(values) {
-            return Object.entries(this.needs).every(([other, wanted]) =>
-                [].concat(values[other]).some((value) => wanted.includes(value)),
-            );
+            const has = ([other, wanted]) => [].concat(values[other]).some((value) => wanted.includes(value));
+            return this.ways.some((way) => way.every((need) => has(need) !== need[2]));
         }
 
         refuse(texts) {
@@ -557,7 +556,7 @@
             this.number = number;
             this.frames = mine.filter((item) => item.kind === "frame");
             this.moving = mine.find((item) => item.kind === "animation") || null;
-            const clean = this.frames.find((frame) => frame.sigma === 0);
+            const clean = this.frames.find((frame) => frame.sigma === 0 && !frame.part);
             const given = document.querySelector(this.page.places.source || "_");
             this.origin = clean ? clean.address : given && given.src ? given.src : null;
             const some = this.frames.length > 1;
@@ -590,7 +589,8 @@
             this.shown.src = frame.address;
             this.scrub.value = index;
             const clean = frame.sigma === 0;
-            const words = clean ? "source, sigma 0" : `step ${frame.step}, sigma ${short(frame.sigma)}`;
+            const level = clean ? "source, sigma 0" : `step ${frame.step}, sigma ${short(frame.sigma)}`;
+            const words = frame.part === "result" ? "the picture, sigma 0" : level;
             this.told.textContent = frame.kind === "frame" ? words : "animation";
             this.shown.alt = frame.kind === "frame" ? `The picture at ${words}` : "The animation";
             this.scrub.setAttribute("aria-valuetext", words);
@@ -686,6 +686,7 @@
 
         cannotStart(frame) {
             if (frame.kind !== "frame") return "Tick frames in the output to start from one of them";
+            if (frame.part) return "This is of the sampling; start from a level of the noising";
             if (frame.step === null) return "The source itself has no noise to start from";
             const now = this.page.host().sampler;
             if (now && this.result.sampler_name && now !== this.result.sampler_name) {
@@ -819,13 +820,15 @@
             return Object.fromEntries([...this.fields].map(([name, field]) => [name, field.read()]));
         }
 
-        /** The request's own controls, as far as this host has them. */
+        /** The request's own controls, as far as this host has them; what it says itself counts where it is seen. */
         host() {
             const told = {};
             for (const [name, selector] of Object.entries(this.hooks)) {
                 const found = [...document.querySelectorAll(selector)];
                 const input = found.find((element) => element.type === "radio" && element.checked) || found[0];
-                if (input) told[name] = input.type === "number" ? Number(input.value) : input.value;
+                if (!input) continue;
+                if ("value" in input) told[name] = input.type === "number" ? Number(input.value) : input.value;
+                else if (input.checkVisibility()) told[name] = input.textContent.trim();
             }
             return told;
         }
@@ -856,7 +859,7 @@
             const samples = (values.output || []).includes("init");
             const steps = samples || !values.steps ? host.steps : values.steps;
             const strength = this.fixed ? host.denoising_strength : null;
-            const size = [host.width, host.height];
+            const size = host.resized || [host.width, host.height];
             return JSON.stringify([samples, steps, strength, values.trajectory, host.sampler, host.scheduler, host.distilled_cfg_scale, size]);
         }
 

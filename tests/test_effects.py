@@ -28,7 +28,7 @@ CASES = [
     ({"sampler": "heun"}, ("frames",), "sampler: has no effect in mode noise"),
     ({"mode": "invert", "seed": 3}, ("frames",), "seed: has no effect in mode invert"),
     ({"mode": "invert", "negative": "sea"}, ("frames",), "negative: has no effect at cfg 1"),
-    ({"mode": "replay", "cfg": 3.0}, ("frames",), "cfg: has no effect without init or latents or resample"),
+    ({"mode": "replay", "cfg": 3.0}, ("frames",), "cfg: has no effect without init or latents, for which"),
     ({"mode": "replay", "cfg": 3.0, "trajectory": "t"}, ("init",), "cfg: has no effect with trajectory"),
     ({"duration": 1.0}, ("latents",), "duration: has no effect without animation"),
     ({"loop": 1}, ("frames",), "loop: has no effect without animation"),
@@ -72,6 +72,7 @@ def test_on_a_saved_trajectory_only_what_is_made_from_it_counts() -> None:
     values = {"mode": "invert", "positive": "sea", "sampler": "heun"}
     assert [line.split(":")[0] for line in said(values, ("frames",), walked=False)] == ["sampler", "positive"]
     assert said(values, ("resample",), walked=False) == []
+    assert said({"mode": "replay", "skip": 3}, ("resample",), walked=False) == []
 
 
 def test_the_table_names_only_modes_and_outputs_that_there_are() -> None:

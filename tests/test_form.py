@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 
 from lib_unsampler.settings import Settings, form, parse, parse_args, surface_fields, to_infotext
+from lib_unsampler.settings.needs import MORE, RECORDS, is_used, ways
 
 FIELDS = {f.name: f for f in surface_fields("host")}
 
@@ -15,17 +16,27 @@ FIELDS = {f.name: f for f in surface_fields("host")}
 def test_every_field_of_the_form_is_there_once() -> None:
     rows = form.rows()
     assert len(rows) == len(set(rows)) and set(rows) <= set(FIELDS)
-    assert set(form.NEEDS) <= set(FIELDS) and set(form.SLIDERS) <= set(FIELDS)
-    for needs in form.NEEDS.values():
-        for other, values in needs.items():
-            choices = FIELDS[other].metadata["choices"]
-            assert choices is None or set(values) <= set(choices)
+    assert set(form.SLIDERS) <= set(FIELDS)
+
+
+def test_every_need_is_of_a_field_and_a_value_that_there_are() -> None:
+    every = {f.name: f for f in fields(Settings)}
+    assert set(MORE) <= set(every) and set(RECORDS) <= set(every)
+    for f in every.values():
+        for need in (need for way in ways(f) for need in way):
+            choices = every[need.field].metadata["choices"]
+            assert choices is None or set(need.values) <= {*choices, "resample", "report"}, f.name
+
+
+def test_a_field_of_the_page_can_be_of_use_there() -> None:
+    for told in form.described("host", {})["fields"]:
+        assert told["ways"], told["name"]
 
 
 @pytest.mark.parametrize("name", form.PRESETS)
 def test_a_preset_is_a_request(name: str) -> None:
     settings = parse(form.preset(name), "host")
-    assert all(form.is_used(field, form.preset(name)) for field in form.PRESETS[name])
+    assert all(is_used(FIELDS[field], form.preset(name)) for field in form.PRESETS[name])
     assert name in form.PRESET_HELP and settings != Settings()
 
 

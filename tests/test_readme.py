@@ -141,13 +141,18 @@ def test_the_other_readmes_can_be_found_from_the_first() -> None:
 
 
 def test_every_command_of_the_readmes_parses() -> None:
-    from lib_unsampler.standalone.cli import make_parser
+    from lib_unsampler.standalone.cli import SERVE, Parser, make_parser
+    from lib_unsampler.standalone.serve.command import add_arguments
+
+    page = Parser()
+    add_arguments(page)
 
     lines = [line for text in READMES.values() for line in re.findall(r"^python -m lib_unsampler (.*)$", text, re.M)]
     spans = [line for text in READMES.values() for line in re.findall(r"`python -m lib_unsampler ([^`]*)`", text)]
     assert len(lines) >= 5
     for line in [*lines, *(span for span in spans if span != "--help")]:
-        make_parser().parse_args(shlex.split(line))
+        first, *rest = shlex.split(line)
+        page.parse_args(rest) if first == SERVE else make_parser().parse_args([first, *rest])
 
 
 def test_every_bench_is_described() -> None:

@@ -27,6 +27,7 @@ from PIL import Image
 from ..pictures import animation
 from ..pictures.timing import Timing
 from ..settings import Settings
+from ..standalone import progress as bars
 from ..standalone import reading, running
 from ._report import Report, peak_memory, progress
 from .animation import PHOTOGRAPH, levels_of_noise
@@ -63,7 +64,7 @@ def at_scale(ending: str, side: int, frames: int) -> dict[str, Any]:
         film = Path(folder) / f"film{ending}"
         targets = running.Targets(film, latents=Path(folder) / "film.safetensors")
         begun = time.perf_counter()
-        running.unsample_picture(reading.load_picture(picture, side), settings, targets, quiet=True)
+        running.unsample_picture(reading.load_picture(picture, side), settings, targets, bars=bars.silent)
         taken = time.perf_counter() - begun
         size = film.stat().st_size
     return {"ending": ending, "side": side, "frames": frames, "seconds": taken, "bytes": size, "memory": peak_memory()}

@@ -1,6 +1,6 @@
 """What was asked for and changes nothing, or less than it says: remarks by one table for every surface.
 
-The table is the fields' own ``modes`` and ``outputs``. A bad value is an error (:mod:`.parsing`); here are good
+The table is :mod:`.needs`. A bad value is an error (:mod:`.parsing`); here are good
 values that the rest of the request does not use.
 """
 
@@ -11,10 +11,8 @@ from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
-from .fields import OUTPUTS, SHOWN, Settings
-
-RECORDED = {"latents", "init", "resample"}
-"""Outputs for which a replay's noises are found at all."""
+from .fields import OUTPUTS, Settings
+from .needs import RECORDED, Need, is_used, ways
 
 
 def remarks(
@@ -34,52 +32,50 @@ def remarks(
         walked: Whether the levels are made now; of a saved trajectory they are what they are.
         called: The outputs' names for the user, where they are not their own.
     """
-    found = {f.name: _why(f, settings, set(outputs), walked, called) for f in fields(Settings) if f.name in given}
-    return [f"{name}: has no effect {why}" for name, why in found.items() if why]
+    values = {**vars(settings), "output": tuple(outputs)}
+    values["trajectory"] = settings.trajectory or ("" if walked else SAVED)
+    if settings.resample_cfg < 0:
+        values["resample_cfg"] = settings.cfg
+    lacking = [f for f in fields(Settings) if f.name in given and not is_used(f, values)]
+    return [f"{f.name}: has no effect {_why(f, values, called)}" for f in lacking]
 
 
-def _why(f: Any, settings: Settings, outputs: set[str], walked: bool, called: Mapping[str, str]) -> str:
-    """Why a field has no effect; empty if it has."""
-    name, modes, uses = f.name, f.metadata["modes"], f.metadata["outputs"]
-    without = _without(uses, called)
-    by_output = bool(outputs & set(uses))
-    if not walked and modes and not by_output:
-        return without if uses else "on a saved trajectory"
-    if modes and settings.mode not in modes and not by_output:
-        return f"in mode {settings.mode}" + (f" {without}" if uses and "resample" in called else "")
-    if uses and not modes and not by_output:
-        return without
-    if name.startswith("guide_") and "resample" in outputs and not settings.guide and "guide" not in outputs:
-        return "without guide"
-    if name in ("film", "film_view") and not outputs & set(SHOWN):
-        return _without(SHOWN, called)
-    if name == "film_view" and settings.film == "noising":
-        return "with film noising"
-    if name in ("tolerance", "max_calls") and settings.solver != "exact":
-        return "with solver reverse"
-    if name in ("negative", "resample_negative") and not _guided(settings, outputs, name):
+SAVED = "(saved)"
+"""Stands for the command line's trajectory, which is no field of its."""
+
+
+def _why(f: Any, values: Mapping[str, Any], called: Mapping[str, str]) -> str:
+    """Why a field has no effect: what is missing in the way that comes nearest, and an output that would do alone."""
+    missing = {way: next(n for n, need in enumerate(way) if not need.holds(values)) for way in ways(f)}
+    there = {way: n for way, n in missing.items() if _is_there(way[n], called)}
+    nearest = max((there or missing).values())
+    said = [
+        _said(way[n], values, called)
+        for way, n in (there or missing).items()
+        if n == nearest or (n == 0 and way[n].field == "output")
+    ]
+    return " ".join(dict.fromkeys(said))
+
+
+def _is_there(need: Need, called: Mapping[str, str]) -> bool:
+    """Whether a surface has what a need asks for."""
+    return need.field != "output" or any(o in (called or OUTPUTS) for o in need.values)
+
+
+def _said(need: Need, values: Mapping[str, Any], called: Mapping[str, str]) -> str:
+    """A need that is not met, in words."""
+    name, value = need.field, values[need.field]
+    if name == "mode":
+        return f"in mode {value}"
+    if name == "output":
+        there = [o for o in need.values if o in (called or OUTPUTS)]
+        why = ", for which a replay is recorded" if need.values == RECORDED else ""
+        return f"without {' or '.join(called.get(o, o) for o in there or need.values)}{why}"
+    if name == "trajectory":
+        return "on a saved trajectory" if value == SAVED else "with trajectory, whose levels are made already"
+    if name in ("cfg", "resample_cfg"):
         return "at cfg 1, which is the positive prompt alone"
-    if settings.mode == "replay" and modes and name not in ("noise", "normalize", "seed"):
-        if settings.trajectory and name != "skip":
-            return "with trajectory, whose noises are recorded already"
-        if not outputs & RECORDED:
-            recorded = " or ".join(called.get(o, o) for o in sorted(RECORDED) if not called or o in called)
-            return f"without {recorded}, for which a replay is recorded"
-    return ""
-
-
-def _without(uses: Collection[str], called: Mapping[str, str]) -> str:
-    """The outputs that a field needs, of those that the surface has."""
-    there = [o for o in uses if o in (called or OUTPUTS)]
-    return f"without {' or '.join(called.get(o, o) for o in there or uses)}"
-
-
-def _guided(settings: Settings, outputs: set[str], name: str) -> bool:
-    """Whether a negative prompt is looked at."""
-    scales = [settings.cfg] if name == "negative" else []
-    if "resample" in outputs and not (name == "negative" and settings.resample_negative):
-        scales.append(settings.cfg if settings.resample_cfg < 0 else settings.resample_cfg)
-    return any(scale != 1 for scale in scales)
+    return f"without {name}" if value is False else f"with {name.replace('_', '-')} {value}"
 
 
 def clamped(settings: Settings, levels: int) -> list[str]:

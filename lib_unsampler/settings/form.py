@@ -1,4 +1,4 @@
-"""How the fields stand on a page, whoever serves it: their rows, what each of them needs, sliders, presets.
+"""How the fields stand on a page, whoever serves it: their rows, sliders, presets.
 
 It goes to ``javascript/batch_unsampler.js`` as JSON (:func:`described`), which knows no field by itself.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .fields import OUTPUTS, allowed, help_on, surface_fields
+from .needs import ways
 
 OPEN = (("output",), ("mode", "noise", "solver"), ("steps", "end_at_step", "step_increment", "skip"))
 """What every run needs, as rows of fields."""
@@ -26,32 +27,6 @@ FOLDED = (
     ("Film and end", (("film", "film_view"), ("end_at_sigma",))),
 )
 """The others, by headings of one panel that opens; the latents file comes last."""
-
-PICTURES = ("frames", "animation", "contact sheet")
-DRIVEN = ("invert", "replay")
-
-NEEDS: dict[str, dict[str, tuple[str, ...]]] = {
-    "noise": {"mode": ("noise",), "trajectory": ("",)},
-    "normalize": {"mode": ("noise", "replay"), "trajectory": ("",)},
-    "steps": {"trajectory": ("",)},
-    "end_at_step": {"trajectory": ("",)},
-    "step_increment": {"trajectory": ("",)},
-    "skip": {"mode": ("replay",)},
-    "positive": {"mode": DRIVEN},
-    "negative": {"mode": DRIVEN},
-    "cfg": {"mode": DRIVEN},
-    "solver": {"mode": ("invert",)},
-    "tolerance": {"mode": ("invert",), "solver": ("exact",)},
-    "max_calls": {"mode": ("invert",), "solver": ("exact",)},
-    "panel": {"mode": ("invert",), "output": PICTURES},
-    "report": {"mode": ("invert",)},
-    **{name: {"output": PICTURES} for name in ("include_clean", "view", "captions")},
-    **{name: {"output": ("animation", "strength sweep")} for row in FOLDED[1][1] for name in row},
-    **{name: {"output": ("guide",)} for row in FOLDED[2][1] for name in row},
-    **{name: {"output": ("init", "guide")} for name in ("film", "film_view")},
-    "end_at_sigma": {"trajectory": ("",)},
-}
-"""A field changes something only where each of these others has one of these values."""
 
 SLIDERS: dict[str, tuple[float, float | str, float]] = {
     "steps": (0, 150, 1),
@@ -95,15 +70,6 @@ PRESET_HELP: dict[str, str] = {
 }
 
 
-def is_used(name: str, values: Mapping[str, Any]) -> bool:
-    """Whether a field changes anything under these values of all fields."""
-    for other, wanted in NEEDS.get(name, {}).items():
-        value = values[other]
-        if not set(value if isinstance(value, (tuple, list)) else (value,)) & set(wanted):
-            return False
-    return True
-
-
 def preset(name: str) -> dict[str, Any]:
     """Every field of the WebUI as a preset sets it."""
     return {f.name: PRESETS[name].get(f.name, f.default) for f in surface_fields("host")}
@@ -111,6 +77,17 @@ def preset(name: str) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _ways(f: Any, surface: str) -> list[list[list[Any]]]:
+    """A field's :func:`.needs.ways` as far as a surface has what they ask for: [field, values, unless] each."""
+    known = {other.name for other in surface_fields(surface)}
+    there = [
+        way
+        for way in ways(f)
+        if all(n.field in known and (n.field != "output" or set(n.values) & set(OUTPUTS)) for n in way)
+    ]
+    return [[[need.field, list(need.values), need.unless] for need in way] for way in there]
 
 
 def _kind(f: Any) -> str:
@@ -141,7 +118,7 @@ def described(surface: str, defaults: Mapping[str, Any], presets: Sequence[str] 
             "special": f.default if f.metadata["word"] else None,
             "choices": _plain(f.metadata["choices"]),
             "slider": SLIDERS.get(f.name),
-            "needs": NEEDS.get(f.name, {}),
+            "ways": _ways(f, surface),
         }
         for f in surface_fields(surface)
     ]

@@ -38,6 +38,9 @@ OUTPUTS = {
 LATENT_FORMATS = {"sd15": 4, "sdxl": 4, "sd3": 16, "flux": 16}
 """The channels of the latent formats of which ComfyUI's file can be made."""
 
+SERVE = "serve"
+"""The first word that asks for the page; a picture of that name is ./serve."""
+
 GROUPS = {
     "the noise levels": (
         *("steps", "end_at_step", "end_at_sigma", "step_increment", "scheduler", "noise", "normalize", "seed"),
@@ -78,6 +81,7 @@ examples:
   python -m lib_unsampler cat.jpg --resample new.png --film both -o there-and-back.gif
   python -m lib_unsampler cat.jpg --sweep lost.gif --sampler heun
   python -m lib_unsampler --resume from-the-webui.safetensors --comfyui levels.latent
+  python -m lib_unsampler serve      the form, curve and player of the WebUI's page, in a browser on this machine
 """
 
 
@@ -125,7 +129,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="python -m lib_unsampler",
         usage="python -m lib_unsampler PICTURE... -o OUT.gif [options]\n"
-        "       python -m lib_unsampler --resume FILE.safetensors --resample OUT.png [options]",
+        "       python -m lib_unsampler --resume FILE.safetensors --resample OUT.png [options]\n"
+        "       python -m lib_unsampler serve [--port PORT] [--folder DIR]",
         description="Batch Unsampler: walk a noise schedule backwards from a picture and show every level.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -312,8 +317,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     with streams(), Stops() as stops:
         try:
-            job = check(vars(make_parser().parse_args(argv)))
-            return run(job, stops)
+            given = list(sys.argv[1:] if argv is None else argv)
+            if given[:1] == [SERVE]:
+                return _serve(given[1:], stops)
+            return run(check(vars(make_parser().parse_args(given))), stops)
         except Stopped as stopped:
             say_stopped(stopped.number)
             return stopped.status
@@ -325,6 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None:
                 raise
             fail(message)
+
+
+def _serve(given: Sequence[str], stops: Stops) -> int:
+    from .serve import command
+
+    _load()
+    return command.serve(given, Parser(prog=f"python -m lib_unsampler {SERVE}", description=command.__doc__), stops)
 
 
 def explained(error: Exception) -> str | None:
@@ -415,22 +429,12 @@ def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
     saved = trajectory.load(path)
     if "comfyui" in paths:
         return _to_comfyui(job, saved, path, paths, stops)
-    if saved.source.ndim != 4 or tuple(saved.source.shape[:2]) != (1, 3):
-        raise ValueError(f"{path}: latents {tuple(saved.source.shape)} are not one picture's (1, 3, height, width)")
-    model = saved.info.get("model")
-    if model not in running.PREDICTION:
-        raise ValueError(f"{path}: made by model {model!r}, which is not an embedded one")
-    if running.PREDICTION[model] != saved.prediction:
-        raise ValueError(
-            f"{path}: of type {saved.prediction}, where its model {model!r} is {running.PREDICTION[model]}"
-        )
-    before = parse(_cli_settings(saved.settings), "cli")
+    stored = running.stored_settings(saved, str(path))
+    before = parse(stored, "cli")
     swept = {"guide": False, "film": "noising"} if _sweeps(paths) else {}  # of the run that was saved, not asked for
-    settings = parse({**_cli_settings(saved.settings), **swept, **job.values}, "cli")
+    settings = parse({**stored, **swept, **job.values}, "cli")
     if _sweeps(paths) and (errors := sweep_refusals(settings, "--sweep")):
         raise SettingsError(errors)
-    if settings.model != model:
-        raise ValueError(f"{path}: made by model {model!r}, where its settings say {settings.model!r}")
     targets = running.Targets(**paths)
     said = running.check_resume(saved, settings, "sampler" in job.values, targets)
     if "resample" in paths and saved.replay is not None:
@@ -468,11 +472,6 @@ def _to_comfyui(job: Job, saved: Any, path: Path, paths: Paths, stops: Stops) ->
     comfy.save_latent(saved, form, paths["comfyui"])
     _report(paths)
     return 0
-
-
-def _cli_settings(stored: Any) -> dict[str, Any]:
-    names = {f.name for f in surface_fields("cli")}
-    return {k: v for k, v in dict(stored).items() if k in names}
 
 
 def _report(paths: Paths) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core import inversion, replay
 from ..core.guidance import skip_residual
@@ -23,6 +22,7 @@ from ..pictures import render
 from ..settings import Settings, to_infotext
 from . import sampling
 from .embedded import Denoiser, guided, make_model, masked
+from .progress import Bars
 
 WRITTEN_BY = "Batch Unsampler"
 """What the text in every file begins with."""
@@ -50,9 +50,9 @@ def _model(settings: Settings, prompts: tuple[str, str], scale: float, source: T
 
 
 @contextmanager
-def bar(name: str, steps: int | None, quiet: bool, listen: Listen | None = None) -> Iterator[Callable[[Any], None]]:
+def bar(name: str, steps: int | None, bars: Bars, listen: Listen | None = None) -> Iterator[Callable[[Any], None]]:
     """A progress bar with a name, as the callback of a sampler; ``listen`` is told each step too."""
-    with tqdm(total=steps, desc=name, unit="step", disable=quiet) as shown:
+    with bars(name, steps, "step") as shown:
 
         def callback(info: Any) -> None:
             if listen is not None:
@@ -96,7 +96,7 @@ def carry_back(
     settings: Settings,
     sampler: str,
     first: int,
-    quiet: bool,
+    bars: Bars,
     guide: sampling.Guide | None = None,
     listen: Listen | None = None,
 ) -> Image.Image:
@@ -110,7 +110,7 @@ def carry_back(
     """
     model = resampling_model(settings, source, mask)
     steps = None if sampler in ("dpm_fast", "dpm_adaptive") else len(sigmas) - 1
-    with bar("sampling back", steps, quiet, listen) as callback:
+    with bar("sampling back", steps, bars, listen) as callback:
         clean = sampling.sample(model, z, sigmas, sampler, (settings.seed,), first, callback, guide)
     return render.to_pictures(blend(clean, source, mask))[0]
 
@@ -126,7 +126,7 @@ def remaining(plan: Levels) -> Tensor:
 
 
 def record(
-    source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, quiet: bool, store: Callable[[], Store]
+    source: Tensor, plan: Levels, settings: Settings, mask: Tensor | None, bars: Bars, store: Callable[[], Store]
 ) -> Recording:
     """The picture as its sampler's noises; ``store`` is where its levels and theirs are kept."""
     below = recorded_levels(plan, settings)
@@ -138,7 +138,7 @@ def record(
         states = levels_of.stack()
     fresh = (draw(j) for j in count(len(plan.schedule) - 1))
     model, function = source_model(settings, source, mask), sampling.function(settings.sampler)
-    with bar("recording", len(states), quiet) as callback:
+    with bar("recording", len(states), bars) as callback:
         options: dict[str, Any] = {"callback": callback, "disable": True}
         return replay.record(
             function, model, remaining(below), states, source, fresh, prediction, store=store, **options
@@ -151,7 +151,7 @@ def play_back(
     source: Tensor,
     mask: Tensor | None,
     settings: Settings,
-    quiet: bool,
+    bars: Bars,
     listen: Listen | None = None,
 ) -> Image.Image:
     """The picture that a recording becomes under the resampling's prompts.
@@ -161,7 +161,7 @@ def play_back(
         listen: Told each step, if anybody wants to know.
     """
     model, function = resampling_model(settings, source, mask), sampling.function(settings.sampler)
-    with bar("sampling back", len(recording.states) - skip, quiet, listen) as callback:
+    with bar("sampling back", len(recording.states) - skip, bars, listen) as callback:
         clean = replay.replay(function, model, recording.sigmas, recording, skip, callback=callback, disable=True)
     return render.to_pictures(clean)[0]
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core import inversion, replay, trajectory
 from ..core.held import every_level, unguidable
@@ -27,7 +27,7 @@ from ..pictures.background import Background
 from ..pictures.film import Film
 from ..pictures.progression import Frame, Scene, Visit, frames, stills
 from ..pictures.reel import Reel, timing
-from ..settings import Settings
+from ..settings import Settings, surface_fields
 from . import memory, sampling
 from .embedded import Denoiser, make_model
 from .folders import flag
@@ -47,6 +47,7 @@ from .onward import (
     shared_levels,
     source_model,
 )
+from .progress import Bars, silent, terminal
 from .stills import Stills, foreign
 from .sweeping import Sweep
 from .walkback import WalkBack, round_trip, walk_back
@@ -85,6 +86,10 @@ class Targets:
         shows = bool(self.animation or self.frames or self.sheet)
         return shows and bool(self.resample) and settings.film != "noising"
 
+    def spooled(self, settings: Settings) -> Path | None:
+        """Beside which file the noises of a replay are kept while they are found, if they are."""
+        return (self.latents or self.resample) if settings.mode == "replay" else None
+
 
 @dataclass(frozen=True, eq=False)
 class Story:
@@ -120,6 +125,12 @@ def story(settings: Settings, targets: Targets, schedule: Tensor, kept: Sequence
     noising = settings.film == "both" or not films
     film = [index for index in reversed(kept) if index >= first] if films else []
     return Story(schedule, settings.include_clean and noising, kept if noising else (), film)
+
+
+def planned_story(settings: Settings, targets: Targets, plan: Levels) -> Story:
+    """What the frames of a picture's run show."""
+    begins = recorded_levels(plan, settings) if targets.spooled(settings) else plan
+    return story(settings, targets, plan.schedule, plan.kept, begins.kept[-1])
 
 
 def check(settings: Settings, targets: Targets) -> list[str]:
@@ -254,30 +265,27 @@ def plan_levels(settings: Settings) -> Levels:
 
 
 def unsample_picture(
-    source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, quiet: bool = False
+    source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, bars: Bars = terminal
 ) -> list[str]:
     """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
     plan, inverts = plan_levels(settings), settings.mode == "invert"
-    start = plan.kept[-1]
-    spooled = (targets.latents or targets.resample) if settings.mode == "replay" else None
-    first = start if spooled is None else recorded_levels(plan, settings).kept[-1]
-    told = story(settings, targets, plan.schedule, plan.kept, first)
+    spooled, told = targets.spooled(settings), planned_story(settings, targets, plan)
     _check_animations(settings, targets, told, plan.kept, source)
     if inverts:
         size = 4 * len(plan.visited) * source.numel() * inversion.held(settings.sampler, settings.solver)
         memory.check(size, f"the {len(plan.visited)} levels of an inversion")
     model = source_model(settings, source, None)  # a model must not see a clean border at a high noise level
-    walked_back = walk_back(model, source, plan, settings, PREDICTION[settings.model], quiet) if inverts else None
+    walked_back = walk_back(model, source, plan, settings, PREDICTION[settings.model], bars) if inverts else None
     walked = noised(source, plan, settings) if walked_back is None else walked_back.kept(plan)
     seen = {} if walked_back is None else walked_back.estimates
     scene = Scene(source, plan.schedule, PREDICTION[settings.model], settings.view, mask, seen)
-    recording = None if spooled is None else record(source, plan, settings, mask, quiet, partial(Kept, spooled))
+    recording = None if spooled is None else record(source, plan, settings, mask, bars, partial(Kept, spooled))
     level = shared_levels(source, plan.schedule, settings)
     if walked_back is not None:
         level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
     back = Back(scene, settings, resampler(settings), level, recording, 0)
     with Kept(targets.latents) if targets.latents else nullcontext() as kept:
-        _write(walked, scene, told, plan, back, settings, targets, quiet, kept)
+        _write(walked, scene, told, plan, back, settings, targets, bars, kept)
         if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
     return [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
@@ -303,7 +311,7 @@ class Back:
     recording: replay.Recording | None
     skip: int
 
-    def __call__(self, index: int, z: Tensor, quiet: bool, listen: Listen | None = None) -> Image.Image:
+    def __call__(self, index: int, z: Tensor, bars: Bars, listen: Listen | None = None) -> Image.Image:
         """The picture that z of a schedule index becomes; ``listen`` is told the schedule index of each step."""
         scene, settings = self.scene, self.settings
         first = index
@@ -312,11 +320,11 @@ class Back:
             first = len(scene.schedule) - 1 - states + min(self.skip, states - 1)
         heard = None if listen is None else lambda step, x, seen: listen(first + step, x, seen)
         if self.recording is not None:
-            return play_back(self.recording, self.skip, scene.source, scene.mask, settings, quiet, heard)
+            return play_back(self.recording, self.skip, scene.source, scene.mask, settings, bars, heard)
         guide = guide_by(self.level, scene.schedule, index, settings)
         draw = first_draw(settings, scene.schedule, index)
         way = (scene.schedule[index:], settings, self.sampler, draw)
-        return carry_back(z, scene.source, scene.mask, *way, quiet, guide, heard)
+        return carry_back(z, scene.source, scene.mask, *way, bars, guide, heard)
 
 
 def noised(source: Tensor, plan: Levels, settings: Settings) -> Iterator[tuple[int, Tensor]]:
@@ -361,7 +369,9 @@ def _told(
     return said
 
 
-def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool = False, quiet: bool = False) -> None:
+def resume(
+    saved: Trajectory, settings: Settings, targets: Targets, chosen: bool = False, bars: Bars = terminal
+) -> None:
     """Goes on from a saved trajectory: sampled back, and shown again, as wanted.
 
     Arguments:
@@ -379,7 +389,27 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool
     sampler = settings.sampler if chosen else resampler(settings)
     back = Back(scene, settings, sampler, level, saved.replay, skip)
     plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
-    _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, quiet, handoff=saved.latent)
+    _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, bars, handoff=saved.latent)
+
+
+def stored_settings(saved: Trajectory, called: str) -> dict[str, Any]:
+    """The settings that a file of an embedded model was made with, as far as they are of the command line.
+
+    Raises:
+        ValueError: naming the file as it is ``called``, if it is of none.
+    """
+    if saved.source.ndim != 4 or tuple(saved.source.shape[:2]) != (1, 3):
+        raise ValueError(f"{called}: latents {tuple(saved.source.shape)} are not one picture's (1, 3, height, width)")
+    model = saved.info.get("model")
+    if model not in PREDICTION:
+        raise ValueError(f"{called}: made by model {model!r}, which is not an embedded one")
+    if PREDICTION[model] != saved.prediction:
+        raise ValueError(f"{called}: of type {saved.prediction}, where its model {model!r} is {PREDICTION[model]}")
+    names = {f.name for f in surface_fields("cli")}
+    stored = {name: value for name, value in saved.settings.items() if name in names}
+    if stored.get("model", Settings.model) != model:
+        raise ValueError(f"{called}: made by model {model!r}, where its settings say {stored.get('model')!r}")
+    return stored
 
 
 def first_sampled(saved: Trajectory, skip: int) -> int:
@@ -423,7 +453,7 @@ def _write(
     back: Back,
     settings: Settings,
     targets: Targets,
-    quiet: bool,
+    bars: Bars,
     kept: Kept | None = None,
     handoff: Tensor | None = None,
 ) -> None:
@@ -447,22 +477,23 @@ def _write(
         for frame in shown(walked, scene, settings, visit, told.clean):
             yield frame, ""
         if told.film and targets.resample:
-            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, quiet)
+            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, bars)
 
     with ExitStack() as stack:
         background = stack.enter_context(Background())
         sweep = None
         if targets.sweeps:
             swept = (settings, plan.sigmas.tolist(), text, targets.sweep, targets.sweep_pictures)
-            sweep = stack.enter_context(Sweep(*swept, partial(back, quiet=True)))
+            sweep = stack.enter_context(Sweep(*swept, partial(back, bars=silent)))
         begun = Reel(settings, told.sigmas, text, background, targets.animation, targets.sheet is not None)
         reel = stack.enter_context(begun)
         folder = Stills(targets.frames, text, background) if targets.frames else None
-        bar = stack.enter_context(tqdm(every(), "unsampling", len(told.sigmas), unit="frame", disable=quiet))
-        for frame, part in bar:
+        bar = stack.enter_context(bars("unsampling", len(told.sigmas), "frame"))
+        for frame, part in every():
             picture = reel.add(frame.pictures[0], frame.index, None, part)
             if folder is not None:
                 folder.add(picture, frame.sigma)
+            bar.update()
         sheet = reel.finish()
         background.finish()
         if folder is not None:
@@ -474,15 +505,15 @@ def _write(
     if targets.curve:
         animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
     if targets.resample and not told.film:
-        animation.write_png(targets.resample, back(plan.kept[-1], last, quiet), text)
+        animation.write_png(targets.resample, back(plan.kept[-1], last, bars), text)
 
 
 def _filmed(
-    z: Tensor, scene: Scene, plan: Levels, back: Back, settings: Settings, path: Path, text: str, quiet: bool
+    z: Tensor, scene: Scene, plan: Levels, back: Back, settings: Settings, path: Path, text: str, bars: Bars
 ) -> Iterator[tuple[Frame, str]]:
     """Samples back to a picture, writes it, and shows how it came about."""
     with Film(path, plan, scene.prediction, settings) as film:
-        picture = back(plan.kept[-1], z, quiet, film.listen)
+        picture = back(plan.kept[-1], z, bars, film.listen)
         animation.write_png(path, picture, text)
         for frame in stills(film.levels(), 1, scene.schedule, _decode, _chunk(scene)):
             yield frame, "sampling"

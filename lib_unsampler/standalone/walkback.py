@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from ..core import inversion
 from ..core.inversion import Level, Unnumbered
@@ -16,6 +15,7 @@ from ..pictures.roundtrip import RoundTrip, measured
 from ..settings import Settings
 from . import sampling
 from .embedded import Denoiser
+from .progress import Bars
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class WalkBack(inversion.Walked):
 
 
 def walk_back(
-    model: Denoiser, source: Tensor, plan: Levels, settings: Settings, prediction: str, quiet: bool
+    model: Denoiser, source: Tensor, plan: Levels, settings: Settings, prediction: str, bars: Bars
 ) -> WalkBack:
     """Inverts one picture of shape (1, 3, H, W).
 
@@ -42,7 +42,7 @@ def walk_back(
     estimates: dict[int, Tensor] = {}
     numbered = Unnumbered(model)
 
-    with tqdm(total=len(plan.visited), desc="inverting", unit="level", disable=quiet) as bar:
+    with bars("inverting", len(plan.visited), "level") as bar:
 
         def visit(level: Level) -> None:
             levels.append(level)

@@ -35,12 +35,29 @@ def _axes(plot: Any, f: Any) -> list[Any]:
     return [
         plot.AxisOptionImg2Img(
             PREFIX + f.name.replace("_", " "),
-            kind if kind in (int, float) else str,
+            _Number(f) if kind in (int, float) else str,
             _apply(f),
             confirm=_confirm(f),
             choices=None if choices is None else lambda: list(choices),
         )
     ]
+
+
+class _Number:
+    """A number's type to the plot, which reads ranges where it equals ``int`` or ``float``; takes its word too."""
+
+    def __init__(self, f: Any) -> None:
+        self._kind, self._word = type(f.default), f.metadata["word"]
+
+    def __eq__(self, other: object) -> bool:
+        return other is self._kind
+
+    def __hash__(self) -> int:
+        return hash(self._kind)
+
+    def __call__(self, value: Any) -> Any:
+        said = str(value).strip().lower()
+        return said if said and said == self._word else self._kind(value)
 
 
 def _apply(f: Any) -> Callable[[Any, Any, Sequence[Any]], None]:

@@ -11,10 +11,11 @@ from ..core.inversion import kin
 from ..core.replay import check_function
 from ..core.schedule import Levels, step_at
 from ..core.trajectory import Trajectory, TrajectoryError
+from ..page import shelf
 from ..pictures.animation import check_format
 from ..settings import SAMPLING, TITLE, Settings, remarks, surface_fields
 from ..settings.effects import clamped
-from . import saved, shelf
+from . import saved
 from .filing import ENDINGS
 from .host.codec import factor, latent_scale
 from .host.guiding import sampler_function

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import shelf
+from ..page import shelf
 
 MOST_NAMED = 200
 """Of files in one folder, in an error's text."""

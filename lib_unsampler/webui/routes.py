@@ -19,7 +19,7 @@ from fastapi import Depends, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from . import shelf
+from ..page import shelf
 
 LATENTS = "/unsampler/v1/latents"
 ANIMATIONS = "/unsampler/v1/animations"

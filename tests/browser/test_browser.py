@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lib_unsampler.settings import form, help_on, surface_fields
+from lib_unsampler.settings.needs import is_used
 
 FIELDS = {f.name: f for f in surface_fields("host")}
 
@@ -199,7 +200,7 @@ def test_only_what_the_mode_uses_is_there(page: Any) -> None:
             put(page, name, value)
         page.wait_for_timeout(700)
         values = {**defaults, **change}
-        assert visible(page) == {name for name in FIELDS if form.is_used(name, values)}, change
+        assert visible(page) == {name for name in FIELDS if is_used(FIELDS[name], values)}, change
 
 
 def test_what_would_be_refused_is_said_beside_its_field(page: Any) -> None:
@@ -306,6 +307,7 @@ START: list[tuple[dict[str, Any], int]] = [
     ({"noise": "path", "output": ["frames", "latents"]}, 3),
     ({"noise": "independent", "output": ["frames", "latents"]}, 0),
     ({"mode": "invert", "output": ["frames", "latents"]}, 2),
+    ({"mode": "replay"}, 3),
 ]
 
 
@@ -313,6 +315,8 @@ START: list[tuple[dict[str, Any], int]] = [
 def test_the_next_generate_starts_from_the_same_z(page: Any, case: dict[str, Any], step: int) -> None:
     from doubled import latents_of, record_start
 
+    if case.get("mode") == "replay":
+        choose_sampler(page, "Euler a")
     for name, value in case.items():
         put(page, name, value)
     if "output" not in case:

@@ -210,16 +210,22 @@ def test_the_infotext_field_takes_what_the_readme_says() -> None:
     assert said["cfg_scale"] != of_the_first["cfg_scale"] and said["width"] != of_the_first["width"]
 
 
-def plot_axes() -> list[str]:
+def plot_args() -> list[dict[str, Any]]:
     (plot,) = [s for s in ask("/sdapi/v1/script-info") if s["name"] == "x/y/z plot" and s["is_img2img"]]
-    return [c if isinstance(c, str) else c[0] for c in plot["args"][0]["choices"]]
+    return plot["args"]
+
+
+def plot_axes() -> list[str]:
+    return [c if isinstance(c, str) else c[0] for c in plot_args()[0]["choices"]]
 
 
 def plotted(axes: list[tuple[str, str]], settings: Any, **request: Any) -> dict[str, Any]:
     known, args = plot_axes(), []
     for name, values in [*axes, ("Nothing", ""), ("Nothing", "")][:3]:
         args += [known.index(name), values, []]
-    args += [False, True, False, False, False, False, False, 0, True]
+    no_legend_but_pictures, as_text = [False, True, False, False, False, False, False], True
+    sizes = [0] * (len(plot_args()) - len(args) - len(no_legend_but_pictures) - 1)  # Neo's has rows beside the margin
+    args += [*no_legend_but_pictures, *sizes, as_text]
     return img2img(settings, script_name="x/y/z plot", script_args=args, **request)
 
 
@@ -238,6 +244,12 @@ def test_the_plot_varies_two_fields() -> None:
         alone = img2img({"output": ["frames"], "noise": noise, "end_at_step": end})
         assert cell == pixels(alone)[-1]
         assert ("Unsampler noise: path" in text) == (noise == "path") and f"Unsampler end at step: {end}" in text
+
+
+def test_the_plot_takes_ranges_and_the_word_automatic() -> None:
+    reply = plotted([("[Unsampler] end at step", "automatic, 2-3")], {"output": ["frames"]})
+    alone = [img2img({"output": ["frames"], "end_at_step": end}) for end in ("automatic", 2, 3)]
+    assert pixels(reply)[1:] == [pixels(one)[-1] for one in alone]
 
 
 def test_the_plot_says_what_is_wrong_before_it_begins() -> None:

@@ -36,6 +36,8 @@ def page() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=os.environ.get("CHROMIUM"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 1300})
+        page.thrown = []
+        page.on("pageerror", lambda error: page.thrown.append(f"{error}: {getattr(error, 'stack', '')}"))
         page.goto(URL, timeout=120000)
         page.wait_for_selector("#img2img_generate", state="attached", timeout=120000)
         page.wait_for_selector("#batch_unsampler-visible-checkbox", state="attached", timeout=120000)
@@ -70,10 +72,11 @@ def open_fold(page: Any) -> None:
 
 
 def paste(page: Any, text: str) -> None:
-    """Pastes parameters into the prompt and presses the arrow; the prompt is the last thing that is known to change."""
+    """Pastes parameters of seed 5 by the arrow, until the seed shows it; Neo leaves the prompt as it is."""
+    page.locator("#img2img_seed input").first.fill("1")
     page.locator("#img2img_prompt textarea").fill(text)
     page.click("#img2img_tools #paste")
-    page.wait_for_function("document.querySelector('#img2img_prompt textarea').value == 'pasted'", timeout=20000)
+    page.wait_for_function("document.querySelector('#img2img_seed input').value == '5'", timeout=20000)
     page.wait_for_timeout(300)
 
 
@@ -188,6 +191,36 @@ def test_the_curve_is_the_request_s_and_the_player_has_its_frames(page: Any) -> 
     page.wait_for_timeout(1500)
     assert shown(page, "end_at_step") == step and shown(page, "output") == ("init",)
     assert not page.locator("#batch_unsampler .batch-unsampler-error").filter(visible=True).count()
+
+
+def test_the_estimate_is_of_the_size_that_resize_by_makes(page: Any) -> None:
+    """From the test before: an 8-step request of 128x128 with frames wanted again."""
+    page.locator("#batch_unsampler_reset").click()
+    cost = page.locator("#batch_unsampler_cost")
+    cost.filter(has_text="about").wait_for()
+    page.wait_for_timeout(1500)
+    before = cost.text_content()
+    page.locator("#img2img_tabs_resize button", has_text="Resize by").click()
+    page.locator("#img2img_scale input[type=number]").fill("0.5")
+    page.locator("#img2img_scale input[type=number]").press("Tab")
+    page.locator("#img2img_scale input[type=range]").dispatch_event("pointerup")
+    said = page.locator("#img2img_scale_resolution_preview .resolution").last
+    said.wait_for(timeout=10000)
+    page.wait_for_timeout(2000)
+    width, height = (int(side) for side in said.text_content().split("x"))
+    resized = cost.text_content()
+    assert size_said(resized) / size_said(before) == pytest.approx(width * height / 128**2, rel=0.03)
+    page.locator("#img2img_tabs_resize button", has_text="Resize to").click()
+    cost.filter(has_text=before).wait_for()
+
+
+def size_said(text: str) -> float:
+    number, unit = re.search(r"about ([\d.e+]+) (B|kB|MB) GIF", text).groups()
+    return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+def test_no_error_is_ours(page: Any) -> None:
+    assert [error for error in page.thrown if "batch_unsampler" in error] == []
 
 
 def test_the_settings_tab_has_the_section(page: Any) -> None:

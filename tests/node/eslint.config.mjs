@@ -2,8 +2,9 @@
 import js from "@eslint/js";
 
 const browser = [
-    "Blob", "CustomEvent", "Event", "MutationObserver", "ResizeObserver", "TextEncoder", "URL", "cancelAnimationFrame",
-    "clearTimeout", "document", "fetch", "requestAnimationFrame", "setTimeout",
+    "Blob", "CustomEvent", "Event", "FileReader", "MutationObserver", "ResizeObserver", "TextDecoderStream", "TextEncoder",
+    "URL", "cancelAnimationFrame", "clearTimeout", "document", "fetch", "matchMedia", "requestAnimationFrame",
+    "setTimeout",
 ];
 
 export default [

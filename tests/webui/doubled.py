@@ -61,7 +61,7 @@ def doubled_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
     forget_host()
 
 
-FREE = {"routes", "shelf"}
+FREE = {"routes"}
 """What knows no host; tests hold on to it."""
 
 

@@ -16,6 +16,7 @@ import torch
 from doubled import latents_of
 
 from lib_unsampler.core import trajectory
+from lib_unsampler.page import questions
 from lib_unsampler.settings import Settings, form, help_on, surface_fields
 
 HOST = {"sampler": "Euler", "scheduler": "Automatic", "steps": 8, "denoising_strength": 0.6, "width": 64, "height": 64}
@@ -30,7 +31,8 @@ def every(values: dict[str, Any]) -> dict[str, Any]:
 def ask(values: dict[str, Any], **told: Any) -> dict[str, Any]:
     from lib_unsampler.webui import preview
 
-    return preview.told_of({"wants": ["schedule", "check"], "values": every(values), "host": {**HOST, **told}})
+    asked = {"wants": ["schedule", "check"], "values": every(values), "host": {**HOST, **told}}
+    return questions.told_of(asked, preview.foreseen)
 
 
 def read(text: str) -> dict[str, Any]:
@@ -139,6 +141,12 @@ def test_what_is_refused_is_what_the_request_would_be_refused_for(
     for error in errors:
         assert error["text"] in said
     assert errors and field in ({entry["field"] for entry in errors} | {""})
+
+
+def test_what_the_page_says_that_it_resizes_to_is_the_size(host: SimpleNamespace) -> None:
+    sizes = [ask({}, **told)["check"]["said"] for told in ({"width": 128, "height": 256}, {"resized": "128x256"}, {})]
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert ask({}, resized="no image selected")["check"]["said"] == sizes[2]
 
 
 def test_nothing_is_refused_that_is_done(host: SimpleNamespace) -> None:

@@ -20,7 +20,7 @@ import torch
 from doubled import reset_state
 from PIL import Image
 
-from lib_unsampler.webui import shelf
+from lib_unsampler.page import shelf
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which files are open")
 EVERYTHING = {"output": ["frames", "animation", "contact sheet", "latents", "init"]}

@@ -17,8 +17,9 @@ from fastapi import FastAPI, HTTPException
 from fastapi.testclient import TestClient
 
 from lib_unsampler.core import trajectory
+from lib_unsampler.page import shelf
 from lib_unsampler.settings import Preferences, SettingsError, parse_preferences, surface_fields
-from lib_unsampler.webui import routes, shelf
+from lib_unsampler.webui import routes
 
 
 class AxisOption(SimpleNamespace):
@@ -84,6 +85,21 @@ def test_an_axis_is_checked_before_the_first_cell(host: SimpleNamespace, plot: S
         with pytest.raises(HTTPException) as refused:
             option.confirm(request, ["rubbish"])
         assert refused.value.status_code == 422 and f"{f.name}: 'rubbish' is not " in str(refused.value)
+
+
+def test_an_axis_takes_its_field_s_word(host: SimpleNamespace, plot: SimpleNamespace) -> None:
+    option, request = axis(plot, "end at step"), host.make((True, ["frames"]))
+    values = [option.type(text) for text in ("automatic", "3", " Automatic ")]  # as the plot reads what is typed
+    assert values == ["automatic", 3, "automatic"] and option.type == int  # noqa: E721 - so the plot finds ranges
+    option.confirm(request, values)
+    for value, number in zip(values, (-1, 3, -1)):
+        cell = copy.copy(request)
+        option.apply(cell, value, values)
+        alone = host.run({"output": ["frames"], "end_at_step": number})[1]
+        assert pixels(host.processing.process_images(cell)) == pixels(alone)
+    for wrong in ("for ever", "", "auto"):
+        with pytest.raises(ValueError, match="invalid literal"):
+            option.type(wrong)
 
 
 def test_an_axis_of_an_unticked_script_is_refused(host: SimpleNamespace, plot: SimpleNamespace) -> None:

@@ -15,7 +15,8 @@ from fastapi.testclient import TestClient
 from starlette.middleware.gzip import GZipMiddleware
 
 from lib_unsampler.core.trajectory import TrajectoryError
-from lib_unsampler.webui import routes, shelf
+from lib_unsampler.page import shelf
+from lib_unsampler.webui import routes
 
 FORMATS = {"gif": "image/gif", "webp": "image/webp", "apng": "image/png", "mp4": "video/mp4"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -43,7 +44,7 @@ def request(told: Mapping[str, Any], model: Any) -> tuple[Any, Any]:
     """(request, its sampler) as the page's controls stand.
 
     Arguments:
-        told: ``sampler``, ``scheduler`` and any of :data:`NUMBERS`.
+        told: ``sampler``, ``scheduler`` and any of :data:`NUMBERS`; ``resized``, as WxH, goes before the size there.
         model: The loaded one.
 
     Raises:
@@ -52,6 +53,9 @@ def request(told: Mapping[str, Any], model: Any) -> tuple[Any, Any]:
     kind = processing.StableDiffusionProcessingImg2Img
     known = {f.name for f in fields(kind)}
     values = {name: read(told[name]) for name, read in NUMBERS.items() if name in known and name in told}
+    size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(told.get("resized", "")))
+    if size:
+        values |= {"width": int(size[1]), "height": int(size[2])}
     if not 1 <= values.get("steps", 1) <= 10000:
         raise ValueError(f"sampling steps: {values['steps']} are not from 1 to 10000")
     p = kind(sampler_name=str(told["sampler"]), scheduler=str(told.get("scheduler", "Automatic")), **values)

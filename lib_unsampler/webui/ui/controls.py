@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 from ...core.trajectory import TrajectoryError
+from ...page import shelf
 from ...settings import OUTPUTS, Preferences, help_on
-from .. import shelf
 
 ELEM_ID = "batch_unsampler"
 

@@ -17,11 +17,12 @@ HOST: dict[str, str] = {
     "distilled_cfg_scale": "#img2img_distilled_cfg_scale input[type=number]",
     "width": "#img2img_width input[type=number]",
     "height": "#img2img_height input[type=number]",
+    "resized": "#img2img_scale_resolution_preview .resolution:last-of-type",
     "batch_size": "#img2img_batch_size input[type=number]",
     "n_iter": "#img2img_batch_count input[type=number]",
     "seed": "#img2img_seed input[type=number]",
 }
-"""The host's own controls, by the names of the request's attributes."""
+"""The host's own controls, by the names of the request's attributes; ``resized`` is what *Resize by* says it makes."""
 
 PLACES: dict[str, str] = {
     "gallery": "#img2img_gallery",

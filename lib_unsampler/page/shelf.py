@@ -41,7 +41,7 @@ def name_of(folder: Path, file: Path) -> str:
     return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else ""
 
 
-def _place(folder: Path, name: str) -> Path | None:
+def place(folder: Path, name: str) -> Path | None:
     """The file below the folder that a name names, if there is one; any text may be asked for."""
     parts = tuple(name.split("/"))
     if "\0" in name or ".." in parts or Path(*parts).parts != parts:
@@ -79,9 +79,9 @@ def find(folder: Path, name: str) -> Path:
     Raises:
         TrajectoryError: if there is none on the shelf, or it was not written by this extension.
     """
-    file = _place(folder, name)
+    file = place(folder, name)
     if file is None or not name.endswith(ENDING):
-        raise TrajectoryError(f"{name[:200]!r} is not a latents file ({ENDING}) in the img2img output folder")
+        raise TrajectoryError(f"{name[:200]!r} is not a latents file ({ENDING}) in the output folder")
     trajectory.check(file)
     return file
 
@@ -97,7 +97,7 @@ def find_film(folder: Path, name: str) -> Path:
     Raises:
         NotOnShelfError: if there is none on the shelf, or it is none of this extension's.
     """
-    file = _place(folder, name)
+    file = place(folder, name)
     if file is None or not FILM.search(name) or not _is_film(file):
         raise NotOnShelfError(f"{name[:200]!r} is not an animation (-unsampling.gif, ...) in the folder of animations")
     return file

@@ -1,0 +1,1 @@
+"""``python -m lib_unsampler serve``: the form, curve and player of the WebUI's page over the embedded models."""
