@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,13 +31,27 @@ def name_of(function: Sampler) -> str:
 
 
 class StandIn:
-    """A denoiser that costs nothing; what else a sampler asks of its model (its prediction type), the model says."""
+    """A denoiser that costs nothing; what else a sampler asks of its model (its prediction type), the model says.
+
+    A sampler that has the guided model's parts told to it (CFG++) is told some: it hangs functions into the model's
+    options, as ComfyUI and Forge Neo have them (``sampler_post_cfg_function``).
+    """
 
     def __init__(self, model: Any = None) -> None:
         self._model = model
 
-    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        """D(x; sigma) of no picture in particular."""
+    def __call__(
+        self, x: Tensor, sigma: Tensor, model_options: Mapping[str, Any] = MappingProxyType({}), **_: Any
+    ) -> Tensor:
+        """D(x; sigma) of no picture in particular; without a prompt it is half of that."""
+        denoised = self.answer(x, sigma)
+        for told in model_options.get("sampler_post_cfg_function", ()):
+            parts = {"cond_denoised": denoised, "uncond_denoised": denoised / 2, "sigma": sigma, "input": x}
+            denoised = told({"denoised": denoised, **parts})
+        return denoised
+
+    def answer(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """D(x; sigma)."""
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x)
         return x / (1 + sigma**2) + (3 * sigma.clamp(min=1e-6).log()).cos()
 
@@ -190,12 +205,15 @@ class _Moved(StandIn):
         super().__init__(model)
         self._left, self._by, self._answers = call, by, answers
 
-    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised = super().__call__(x, sigma, **args) if self._answers else torch.zeros_like(x)
+    def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **options: Any) -> Tensor:
+        denoised = super().__call__(x, sigma, *args, **options)
         if self._left == 0:
             x += self._by
         self._left -= 1
         return denoised
+
+    def answer(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return super().answer(x, sigma) if self._answers else torch.zeros_like(x)
 
 
 def goes_on_from_shown(

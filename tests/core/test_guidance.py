@@ -197,6 +197,45 @@ def test_a_sampler_that_goes_on_from_the_answer_alone_is_guided(scene: Any) -> N
     assert torch.equal(made, model(last, sigmas[STEPS - 1].expand(2)))
 
 
+def test_a_sampler_that_asks_for_the_guided_models_parts_is_guided(scene: Any) -> None:
+    """CFG++ as ComfyUI and Neo write it: x' = D(x) + s' (x - D(x without prompt)) / s, told by a function hung in."""
+    source, noise, sigmas, model = scene
+    plain = make_model("gaussian", "", *SIZE)
+
+    def two_fold(x: Tensor, sigma: Tensor, model_options: Any) -> Tensor:
+        denoised = model(x, sigma)
+        for told in model_options["sampler_post_cfg_function"]:
+            denoised = told({"denoised": denoised, "uncond_denoised": plain(x, sigma)})
+        return denoised
+
+    def sample_cfg_pp(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+    ) -> Tensor:
+        extra_args, heard = {} if extra_args is None else extra_args, []
+        told = [lambda parts: heard.append(parts["uncond_denoised"]) or parts["denoised"]]
+        extra_args["model_options"] = {"sampler_post_cfg_function": told}
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i].expand(len(x)), **extra_args)
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
+            x = denoised + sigmas[i + 1] * (x - heard[-1]) / sigmas[i]
+        return x
+
+    def level(step: int) -> Tensor:
+        return add_noise(source, noise, sigmas[step], "eps")
+
+    weights = {1: 0.4, 2: 0.3}
+    calls = first_calls(sample_cfg_pp, two_fold, source, sigmas, extra_args={"cond": 1})
+    assert calls == list(range(STEPS))
+    made = sample_guided(sample_cfg_pp, two_fold, level(0), sigmas, weights, level, calls, disable=True)
+    x = level(0)
+    for i, (s, below) in enumerate(zip(sigmas, sigmas[1:])):
+        c = weights.get(i, 0.0)
+        x = c * level(i) + (1 - c) * x
+        x = model(x, s.expand(2)) + below * (x - plain(x, s.expand(2))) / s
+    assert (made - x).abs().max() < 1e-5
+
+
 def test_what_a_sampler_tells_its_callback_does_not_matter(scene: Any) -> None:
     """Forge's IPNDM and DEIS tell the state that they began with; they are guided like any other."""
     source, noise, sigmas, model = scene
