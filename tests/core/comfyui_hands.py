@@ -1,7 +1,7 @@
 """What ComfyUI hands its sampler's function when it goes on from a latent file: a program run in its own Python.
 
 ``python comfyui_hands.py COMFYUI FILE FORM FIRST COUNT SIGMA OUT``: ComfyUI's own nodes *LoadLatent* and
-*SamplerCustom* with its noise disabled, on a model of a kind (``sd15``, ``sd15-v``, ``sdxl``, ``sd3``, ``flux``) without
+*SamplerCustom* with its noise disabled, on a model of a kind (sd15, sd15-v, sdxl, sd3, flux) without
 its network, which nothing here asks. The state that the sampler's function gets goes to OUT.
 """
 
