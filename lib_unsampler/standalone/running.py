@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from .onward import (
     source_model,
 )
 from .stills import Stills, foreign
+from .stopping import Hold, unstopped
 from .sweeping import Sweep
 from .walkback import WalkBack, round_trip, walk_back
 
@@ -254,9 +255,18 @@ def plan_levels(settings: Settings) -> Levels:
 
 
 def unsample_picture(
-    source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, quiet: bool = False
+    source: Tensor,
+    settings: Settings,
+    targets: Targets,
+    mask: Tensor | None = None,
+    quiet: bool = False,
+    hold: Hold = unstopped,
 ) -> list[str]:
-    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
+    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it.
+
+    Arguments:
+        hold: Keeps signals while a film is made.
+    """
     plan, inverts = plan_levels(settings), settings.mode == "invert"
     start = plan.kept[-1]
     spooled = (targets.latents or targets.resample) if settings.mode == "replay" else None
@@ -275,7 +285,7 @@ def unsample_picture(
     level = shared_levels(source, plan.schedule, settings)
     if walked_back is not None:
         level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
-    back = Back(scene, settings, resampler(settings), level, recording, 0)
+    back = Back(scene, settings, resampler(settings), level, recording, 0, hold)
     with Kept(targets.latents) if targets.latents else nullcontext() as kept:
         _write(walked, scene, told, plan, back, settings, targets, quiet, kept)
         if kept is not None and targets.latents is not None:
@@ -294,6 +304,7 @@ class Back:
         level: z of any executed schedule index, where a guide is wanted.
         recording: The noises of a replay, if it is one.
         skip: Steps to leave out at the recording's beginning.
+        hold: Keeps signals while a film is made.
     """
 
     scene: Scene
@@ -302,6 +313,7 @@ class Back:
     level: Callable[[int], Tensor]
     recording: replay.Recording | None
     skip: int
+    hold: Hold
 
     def __call__(self, index: int, z: Tensor, quiet: bool, listen: Listen | None = None) -> Image.Image:
         """The picture that z of a schedule index becomes; ``listen`` is told the schedule index of each step."""
@@ -361,11 +373,19 @@ def _told(
     return said
 
 
-def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool = False, quiet: bool = False) -> None:
+def resume(
+    saved: Trajectory,
+    settings: Settings,
+    targets: Targets,
+    chosen: bool = False,
+    quiet: bool = False,
+    hold: Hold = unstopped,
+) -> None:
     """Goes on from a saved trajectory: sampled back, and shown again, as wanted.
 
     Arguments:
         chosen: Whether the sampler is a new choice, not the trajectory's.
+        hold: Keeps signals while a film is made.
     """
     skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
     indices = kept_indices(saved)
@@ -377,7 +397,7 @@ def resume(saved: Trajectory, settings: Settings, targets: Targets, chosen: bool
     scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=saved.blended)
     level = every_level(saved, indices, saved.source)
     sampler = settings.sampler if chosen else resampler(settings)
-    back = Back(scene, settings, sampler, level, saved.replay, skip)
+    back = Back(scene, settings, sampler, level, saved.replay, skip, hold)
     plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
     _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, quiet, handoff=saved.latent)
 
@@ -427,7 +447,7 @@ def _write(
     kept: Kept | None = None,
     handoff: Tensor | None = None,
 ) -> None:
-    """Runs the levels through every writer that is wanted, and samples them back.
+    """Runs the levels through every writer that is wanted, and samples them back; a stopped film keeps what it has.
 
     Arguments:
         handoff: Where sampling begins; None is the noisiest z.
@@ -446,10 +466,12 @@ def _write(
     def every() -> Iterator[tuple[Frame, str]]:
         for frame in shown(walked, scene, settings, visit, told.clean):
             yield frame, ""
+            if stopped():
+                return
         if told.film and targets.resample:
-            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, quiet)
+            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, quiet, stopped)
 
-    with ExitStack() as stack:
+    with back.hold() if told.film else unstopped() as stopped, ExitStack() as stack:
         background = stack.enter_context(Background())
         sweep = None
         if targets.sweeps:
@@ -469,21 +491,42 @@ def _write(
             folder.finish()
         if sweep is not None:
             sweep.finish()
-    if sheet is not None and targets.sheet:
-        animation.write_png(targets.sheet, sheet, text)
+        if sheet is not None and targets.sheet:
+            animation.write_png(targets.sheet, sheet, text)
     if targets.curve:
         animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
     if targets.resample and not told.film:
         animation.write_png(targets.resample, back(plan.kept[-1], last, quiet), text)
 
 
+class _EndedError(Exception):
+    """A film's sampling was stopped between two steps."""
+
+
 def _filmed(
-    z: Tensor, scene: Scene, plan: Levels, back: Back, settings: Settings, path: Path, text: str, quiet: bool
+    z: Tensor,
+    scene: Scene,
+    plan: Levels,
+    back: Back,
+    settings: Settings,
+    path: Path,
+    text: str,
+    quiet: bool,
+    stopped: Callable[[], bool],
 ) -> Iterator[tuple[Frame, str]]:
-    """Samples back to a picture, writes it, and shows how it came about."""
+    """Samples back to a picture, writes it, and shows how it came about; or as far as it came."""
+    picture = None
+
+    def listen(index: int, state: Tensor, estimate: Tensor) -> None:
+        film.listen(index, state, estimate)
+        if stopped() and film.indices:
+            raise _EndedError
+
     with Film(path, plan, scene.prediction, settings) as film:
-        picture = back(plan.kept[-1], z, quiet, film.listen)
-        animation.write_png(path, picture, text)
+        with suppress(_EndedError):
+            picture = back(plan.kept[-1], z, quiet, listen)
+            animation.write_png(path, picture, text)
         for frame in stills(film.levels(), 1, scene.schedule, _decode, _chunk(scene)):
             yield frame, "sampling"
-    yield Frame(None, 0.0, [picture]), "result"
+    if picture is not None:
+        yield Frame(None, 0.0, [picture]), "result"
