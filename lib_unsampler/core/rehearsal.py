@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,12 +39,10 @@ class StandIn:
     def __init__(self, model: Any = None) -> None:
         self._model = model
 
-    def __call__(
-        self, x: Tensor, sigma: Tensor, model_options: Mapping[str, Any] = MappingProxyType({}), **_: Any
-    ) -> Tensor:
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
         """D(x; sigma) of no picture in particular; without a prompt it is half of that."""
         denoised = self.answer(x, sigma)
-        for told in model_options.get("sampler_post_cfg_function", ()):
+        for told in args.get("model_options", {}).get("sampler_post_cfg_function", ()):
             parts = {"cond_denoised": denoised, "uncond_denoised": denoised / 2, "sigma": sigma, "input": x}
             denoised = told({"denoised": denoised, **parts})
         return denoised
@@ -205,8 +202,8 @@ class _Moved(StandIn):
         super().__init__(model)
         self._left, self._by, self._answers = call, by, answers
 
-    def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **options: Any) -> Tensor:
-        denoised = super().__call__(x, sigma, *args, **options)
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        denoised = super().__call__(x, sigma, **args)
         if self._left == 0:
             x += self._by
         self._left -= 1
