@@ -221,7 +221,7 @@ def goes_on_from_shown(
     The stand-in moves that tensor in place after it has answered: a sampler that goes on from it then ends elsewhere,
     one that showed a copy does not. Nor does one that goes on from the answer alone (LCM): that one ends in the same
     place wherever it starts, if the answer does not depend on where it is, and a copy of nothing does no harm.
-    Asked of the first step; where there is no other, its answer is the end, whatever the state.
+    Asked of the first two steps; where there is but one, its answer is the end, whatever the state.
 
     Arguments:
         firsts: The number of each step's first call.
@@ -231,7 +231,7 @@ def goes_on_from_shown(
     changed = {"callback": lambda _: None, **_silent(function, like)}
 
     def end(start: Tensor, by: float, answers: bool, way: Tensor) -> Tensor:
-        return rehearse(function, _Moved(model, firsts[0], by, answers), start, way, options, **changed)
+        return rehearse(function, _Moved(model, firsts[0], by, answers), start, way[:3], options, **changed)
 
     if not torch.equal(end(waves(0, like), 0.0, True, sigmas), end(waves(0, like), 0.5, True, sigmas)):
         return True

@@ -139,10 +139,17 @@ def check(settings: Settings, targets: Targets) -> list[str]:
     if (resamples and settings.mode == "noise") or settings.mode == "replay":
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
     _check_steps(settings, targets, resampler(settings), remaining(plan))
+    said += _swept_from_inversion(settings, targets, resampler(settings))
     if settings.end_at_sigma > 0 and not step_at(plan.schedule, settings.end_at_sigma)[1]:
         lowest = float(plan.schedule[plan.kept[-1]])
         said.append(f"end_at_sigma: {settings.end_at_sigma:g} is below the lowest level; it ends at {lowest:.4g}")
     return said
+
+
+def _swept_from_inversion(settings: Settings, targets: Targets, sampler: str) -> list[str]:
+    """What there is to say of a strength sweep whose levels are an inversion's."""
+    said = inversion.from_below(sampler) if targets.sweeps and settings.mode == "invert" else None
+    return [] if said is None else [f"--sweep: {said}"]
 
 
 def _check_steps(settings: Settings, targets: Targets, sampler: str, sigmas: Tensor) -> None:
@@ -185,15 +192,16 @@ def check_resume(saved: Trajectory, settings: Settings, chosen: bool, targets: T
     inverted = settings.mode == "invert"
     if not inverted or chosen:
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
+    said = _swept_from_inversion(settings, targets, settings.sampler if chosen else resampler(settings))
     if inverted and chosen:
         made_by = resampler(replace(settings, sampler=saved.settings["sampler"]))
         if settings.sampler != made_by:
-            return [
+            said.append(
                 f"sampler: {settings.sampler!r} is not {made_by!r}, which was inverted: the picture will not come back"
-            ]
-    if inverted and not chosen and settings.sampler != resampler(settings):
-        return [f"{settings.sampler} was inverted as {resampler(settings)}, and is sampled back by it"]
-    return []
+            )
+    elif inverted and settings.sampler != resampler(settings):
+        said.append(f"{settings.sampler} was inverted as {resampler(settings)}, and is sampled back by it")
+    return said
 
 
 def check_frames(settings: Settings, targets: Targets, schedule: Tensor, kept: Sequence[int], first: int) -> None:
@@ -313,7 +321,7 @@ class Back:
     level: Callable[[int], Tensor]
     recording: replay.Recording | None
     skip: int
-    hold: Hold
+    hold: Hold = unstopped
 
     def __call__(self, index: int, z: Tensor, quiet: bool, listen: Listen | None = None) -> Image.Image:
         """The picture that z of a schedule index becomes; ``listen`` is told the schedule index of each step."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_unsampler.core.guidance import GuidanceError, active, first_calls, mixed, sample_guided, skip_weight
+from lib_unsampler.core.guidance import GuidanceError, active, first_calls, mix, sample_guided, skip_weight
 from lib_unsampler.core.noising import add_noise
 from lib_unsampler.standalone.embedded import make_model
 from lib_unsampler.standalone.sampling import get_sigmas, kd
@@ -259,11 +259,14 @@ def test_what_a_sampler_tells_its_callback_does_not_matter(scene: Any) -> None:
     assert (made[0] - made[1]).abs().max() < 1e-5
 
 
-def test_places_of_a_map_are_exactly_theirs() -> None:
-    x, z = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
-    weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    made = mixed(x, z, weight)
-    assert torch.equal(made[..., 0, 1], z[..., 0, 1]) and torch.equal(made[..., 0, 0], x[..., 0, 0])
+@given(number=st.integers(0, 2**31))
+def test_places_of_a_map_are_exactly_theirs(number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    x, z = (torch.randn(2, 3, 7, 5, generator=generator) * 20 for _ in range(2))
+    weight = torch.randint(0, 2, (7, 5), generator=generator).float()
+    made = x.clone()
+    mix(made, z, weight)
+    assert torch.equal(made, torch.where(weight == 1, z, x))
 
 
 def test_what_a_sampler_sets_on_its_model_reaches_the_model(scene: Any) -> None:
