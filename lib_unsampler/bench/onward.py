@@ -129,8 +129,8 @@ class Counted:
     def __exit__(self, *_: object) -> None:
         onward.guided = self._own
 
-    def _guided(self, *parts: Any) -> Denoiser:
-        denoiser = self._own(*parts)
+    def _guided(self, positive: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
+        denoiser = self._own(positive, negative, scale)
 
         def counted(x: Tensor, sigma: Tensor) -> Tensor:
             self._made += 1
