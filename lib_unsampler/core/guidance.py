@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .rehearsal import Sampler, Watched, forward, goes_on_from_shown, name_of
@@ -133,15 +132,13 @@ class Guided(Watched):
         step = self._calls[self._made]
         self._made += 1
         if step is not None and step in self._weights:
-            x.copy_(mixed(x, self._level(step).to(x), self._weights[step]))
+            mix(x, self._level(step).to(x), self._weights[step])
         return super().__call__(x, sigma, **extra)
 
 
-def mixed(x: Tensor, z: Tensor, weight: Weight) -> Tensor:
-    """``c z + (1 - c) x``; exactly z where c is 1 and exactly x where it is 0."""
-    c = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
-    made: Tensor = torch.where(c == 1, z, torch.where(c == 0, x, c * z + (1 - c) * x))
-    return made
+def mix(x: Tensor, z: Tensor, weight: Weight) -> None:
+    """``x <- c z + (1 - c) x`` in place; exactly z where c is 1 and exactly x where it is 0."""
+    x.lerp_(z, weight.to(x) if isinstance(weight, Tensor) else weight)
 
 
 def sample_guided(

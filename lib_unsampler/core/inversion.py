@@ -186,6 +186,21 @@ def held(sampler: str, solver: str) -> int:
     return 16 if solver == "exact" and kin(sampler, solver)[0] in JOINT else 4
 
 
+def from_below(sampler: str) -> str | None:
+    """The message to show where sampling on from levels below the noisiest need not come back to the source.
+
+    A single step of Euler, Heun or DPM2 depends on its start alone, so that every level of an inversion leads back.
+    """
+    if sampler in EXACT and sampler not in JOINT:
+        return None
+    if sampler in KIN or sampler not in CALLS:
+        return f"{sampler} adds noise at each step: what is sampled from an inverted level need not be the source"
+    return (
+        f"{sampler} looks back over its steps and starts without its history: what is sampled from an inverted level "
+        "below the noisiest need not be the source"
+    )
+
+
 def without_noise(sampler: str, solver: str, options: Mapping[str, Any]) -> str:
     """The message to show where a sampler's options (``s_churn``) add noise, which its inversion leaves out."""
     churn = f" with s_churn {options['s_churn']:g}" if options.get("s_churn") else ""

@@ -44,19 +44,19 @@ def signal_scale(sigma: Tensor, prediction: str) -> Tensor:
     return 1.0 - sigma if prediction == "flow" else torch.ones_like(sigma)
 
 
-def add_noise(x: Tensor, noise: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+def add_noise(x: Tensor, noise: Tensor, sigma: Tensor, prediction: str, out: Tensor | None = None) -> Tensor:
     r""":math:`z = a(s) x + s n` in float32.
 
     Arguments:
         x: Clean latents with shape (B, C, [T,] H, W).
         noise: Standard normal noise of the same shape.
         sigma: Noise level, with shape () or (B).
+        out: Where z goes, in float32; a new tensor where there is none.
     """
     sigma = append_dims(sigma.to(x.device, torch.float32), x.ndim)
-    scaled = noise.float() * sigma
-    if prediction == "flow":
-        return scaled + signal_scale(sigma, prediction) * x.float()
-    return x.float() + scaled
+    scaled = torch.mul(noise.float(), sigma, out=out)
+    clean = signal_scale(sigma, prediction) * x.float() if prediction == "flow" else x.float()
+    return torch.add(clean, scaled, out=out)
 
 
 def implied_noise(z: Tensor, x: Tensor, sigma: Tensor, prediction: str) -> Tensor:

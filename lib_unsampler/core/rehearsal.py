@@ -30,13 +30,25 @@ def name_of(function: Sampler) -> str:
 
 
 class StandIn:
-    """A denoiser that costs nothing; what else a sampler asks of its model (its prediction type), the model says."""
+    """A denoiser that costs nothing; what else a sampler asks of its model (its prediction type), the model says.
+
+    A sampler that has the guided model's parts told to it (CFG++) is told some: it hangs functions into the model's
+    options, as ComfyUI and Forge Neo have them (``sampler_post_cfg_function``).
+    """
 
     def __init__(self, model: Any = None) -> None:
         self._model = model
 
-    def __call__(self, x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-        """D(x; sigma) of no picture in particular."""
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        """D(x; sigma) of no picture in particular; without a prompt it is half of that."""
+        denoised = self.answer(x, sigma)
+        for told in args.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            parts = {"cond_denoised": denoised, "uncond_denoised": denoised / 2, "sigma": sigma, "input": x}
+            denoised = told({"denoised": denoised, **parts})
+        return denoised
+
+    def answer(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """D(x; sigma)."""
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1)).to(x)
         return x / (1 + sigma**2) + (3 * sigma.clamp(min=1e-6).log()).cos()
 
@@ -191,11 +203,14 @@ class _Moved(StandIn):
         self._left, self._by, self._answers = call, by, answers
 
     def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised = super().__call__(x, sigma, **args) if self._answers else torch.zeros_like(x)
+        denoised = super().__call__(x, sigma, **args)
         if self._left == 0:
             x += self._by
         self._left -= 1
         return denoised
+
+    def answer(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return super().answer(x, sigma) if self._answers else torch.zeros_like(x)
 
 
 def goes_on_from_shown(
@@ -206,7 +221,7 @@ def goes_on_from_shown(
     The stand-in moves that tensor in place after it has answered: a sampler that goes on from it then ends elsewhere,
     one that showed a copy does not. Nor does one that goes on from the answer alone (LCM): that one ends in the same
     place wherever it starts, if the answer does not depend on where it is, and a copy of nothing does no harm.
-    Asked of the first step; where there is no other, its answer is the end, whatever the state.
+    Asked of the first two steps; where there is but one, its answer is the end, whatever the state.
 
     Arguments:
         firsts: The number of each step's first call.
@@ -216,7 +231,7 @@ def goes_on_from_shown(
     changed = {"callback": lambda _: None, **_silent(function, like)}
 
     def end(start: Tensor, by: float, answers: bool, way: Tensor) -> Tensor:
-        return rehearse(function, _Moved(model, firsts[0], by, answers), start, way, options, **changed)
+        return rehearse(function, _Moved(model, firsts[0], by, answers), start, way[:3], options, **changed)
 
     if not torch.equal(end(waves(0, like), 0.0, True, sigmas), end(waves(0, like), 0.5, True, sigmas)):
         return True

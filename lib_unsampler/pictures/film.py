@@ -42,14 +42,13 @@ class Film:
         """Takes a step, of schedule index ``index``; thinned as the levels are."""
         if index not in self._wanted:
             return
-        shown = estimate if self._settings.film_view == "estimate" else self._viewed(index, state)
+        shown = estimate if self._settings.film_view == "estimate" else state
         self._kept.add(shown.detach().float().cpu())
         self.indices.append(index)
 
-    def _viewed(self, index: int, state: Tensor) -> Tensor:
-        sigma = self._levels.schedule[index]
-        return state if self._settings.view == "raw" else variance_preserving(state, sigma, self._prediction)
-
     def levels(self) -> Iterator[tuple[int, Tensor]]:
         """What to decode for each step, as (schedule index, latents)."""
-        return zip(self.indices, self._kept.tensors())
+        as_it_is = self._settings.film_view == "estimate" or self._settings.view == "raw"
+        for index, kept in zip(self.indices, self._kept.tensors()):
+            sigma = self._levels.schedule[index].to(kept.device)
+            yield index, kept if as_it_is else variance_preserving(kept, sigma, self._prediction)

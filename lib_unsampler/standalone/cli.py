@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _serve(given[1:], stops)
             return run(check(vars(make_parser().parse_args(given))), stops)
         except Stopped as stopped:
-            say_stopped(stopped.number)
+            say_stopped(stopped.number, stopped.left)
             return stopped.status
         except KeyboardInterrupt:
             say_stopped(2)
@@ -412,7 +412,7 @@ def _make(job: Job, pictures: Sequence[Path], made: Sequence[Paths], stops: Stop
         if job.mask:
             height, width = source.shape[-2:]
             mask = reading.load_mask(job.mask, height, width, partial(_note_of, job.mask))
-        for line in running.unsample_picture(source, own, running.Targets(**paths), mask):
+        for line in running.unsample_picture(source, own, running.Targets(**paths), mask, hold=stops.held):
             note(about + line)
         _report(paths)
     if job.many:
@@ -443,7 +443,7 @@ def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
     for line in [*said, *job.without_effect(settings, given, False)]:
         note(line)
     stops.writing = True
-    running.resume(saved, settings, targets, "sampler" in job.values)
+    running.resume(saved, settings, targets, "sampler" in job.values, hold=stops.held)
     _report(paths)
     return 0
 

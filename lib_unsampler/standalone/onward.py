@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -73,10 +74,11 @@ def resampler(settings: Settings) -> str:
 
 
 def shared_levels(source: Tensor, schedule: Tensor, settings: Settings) -> Callable[[int], Tensor]:
-    """Z of any schedule index with shared noise."""
+    """Z of any schedule index with shared noise; it stands until the next is asked for."""
     noise = SeededDraws((settings.seed,), tuple(source.shape[1:]))(0)
     noise = normalize_noise(noise) if settings.normalize else noise
-    return lambda index: add_noise(source, noise, schedule[index], PREDICTION[settings.model])
+    z = torch.empty_like(source)
+    return lambda index: add_noise(source, noise, schedule[index], PREDICTION[settings.model], z)
 
 
 def guide_by(level: Callable[[int], Tensor], schedule: Tensor, start: int, settings: Settings) -> sampling.Guide | None:

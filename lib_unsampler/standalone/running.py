@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from .onward import (
 )
 from .progress import Bars, silent, terminal
 from .stills import Stills, foreign
+from .stopping import Hold, unstopped
 from .sweeping import Sweep
 from .walkback import WalkBack, round_trip, walk_back
 
@@ -149,10 +150,17 @@ def check(settings: Settings, targets: Targets) -> list[str]:
     if (resamples and settings.mode == "noise") or settings.mode == "replay":
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
     _check_steps(settings, targets, resampler(settings), remaining(plan))
+    said += _swept_from_inversion(settings, targets, resampler(settings))
     if settings.end_at_sigma > 0 and not step_at(plan.schedule, settings.end_at_sigma)[1]:
         lowest = float(plan.schedule[plan.kept[-1]])
         said.append(f"end_at_sigma: {settings.end_at_sigma:g} is below the lowest level; it ends at {lowest:.4g}")
     return said
+
+
+def _swept_from_inversion(settings: Settings, targets: Targets, sampler: str) -> list[str]:
+    """What there is to say of a strength sweep whose levels are an inversion's."""
+    said = inversion.from_below(sampler) if targets.sweeps and settings.mode == "invert" else None
+    return [] if said is None else [f"--sweep: {said}"]
 
 
 def _check_steps(settings: Settings, targets: Targets, sampler: str, sigmas: Tensor) -> None:
@@ -195,15 +203,16 @@ def check_resume(saved: Trajectory, settings: Settings, chosen: bool, targets: T
     inverted = settings.mode == "invert"
     if not inverted or chosen:
         sampling.check_sampler(settings.sampler, PREDICTION[settings.model])
+    said = _swept_from_inversion(settings, targets, settings.sampler if chosen else resampler(settings))
     if inverted and chosen:
         made_by = resampler(replace(settings, sampler=saved.settings["sampler"]))
         if settings.sampler != made_by:
-            return [
+            said.append(
                 f"sampler: {settings.sampler!r} is not {made_by!r}, which was inverted: the picture will not come back"
-            ]
-    if inverted and not chosen and settings.sampler != resampler(settings):
-        return [f"{settings.sampler} was inverted as {resampler(settings)}, and is sampled back by it"]
-    return []
+            )
+    elif inverted and settings.sampler != resampler(settings):
+        said.append(f"{settings.sampler} was inverted as {resampler(settings)}, and is sampled back by it")
+    return said
 
 
 def check_frames(settings: Settings, targets: Targets, schedule: Tensor, kept: Sequence[int], first: int) -> None:
@@ -265,9 +274,18 @@ def plan_levels(settings: Settings) -> Levels:
 
 
 def unsample_picture(
-    source: Tensor, settings: Settings, targets: Targets, mask: Tensor | None = None, bars: Bars = terminal
+    source: Tensor,
+    settings: Settings,
+    targets: Targets,
+    mask: Tensor | None = None,
+    bars: Bars = terminal,
+    hold: Hold = unstopped,
 ) -> list[str]:
-    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it."""
+    """Unsamples one picture of shape (1, 3, H, W) and writes what is wanted; returns what there is to say of it.
+
+    Arguments:
+        hold: Keeps signals while a film is made.
+    """
     plan, inverts = plan_levels(settings), settings.mode == "invert"
     spooled, told = targets.spooled(settings), planned_story(settings, targets, plan)
     _check_animations(settings, targets, told, plan.kept, source)
@@ -283,7 +301,7 @@ def unsample_picture(
     level = shared_levels(source, plan.schedule, settings)
     if walked_back is not None:
         level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
-    back = Back(scene, settings, resampler(settings), level, recording, 0)
+    back = Back(scene, settings, resampler(settings), level, recording, 0, hold)
     with Kept(targets.latents) if targets.latents else nullcontext() as kept:
         _write(walked, scene, told, plan, back, settings, targets, bars, kept)
         if kept is not None and targets.latents is not None:
@@ -302,6 +320,7 @@ class Back:
         level: z of any executed schedule index, where a guide is wanted.
         recording: The noises of a replay, if it is one.
         skip: Steps to leave out at the recording's beginning.
+        hold: Keeps signals while a film is made.
     """
 
     scene: Scene
@@ -310,6 +329,7 @@ class Back:
     level: Callable[[int], Tensor]
     recording: replay.Recording | None
     skip: int
+    hold: Hold = unstopped
 
     def __call__(self, index: int, z: Tensor, bars: Bars, listen: Listen | None = None) -> Image.Image:
         """The picture that z of a schedule index becomes; ``listen`` is told the schedule index of each step."""
@@ -370,12 +390,18 @@ def _told(
 
 
 def resume(
-    saved: Trajectory, settings: Settings, targets: Targets, chosen: bool = False, bars: Bars = terminal
+    saved: Trajectory,
+    settings: Settings,
+    targets: Targets,
+    chosen: bool = False,
+    bars: Bars = terminal,
+    hold: Hold = unstopped,
 ) -> None:
     """Goes on from a saved trajectory: sampled back, and shown again, as wanted.
 
     Arguments:
         chosen: Whether the sampler is a new choice, not the trajectory's.
+        hold: Keeps signals while a film is made.
     """
     skip = 0 if saved.replay is None else check_saved(saved, saved.replay, settings)
     indices = kept_indices(saved)
@@ -387,7 +413,7 @@ def resume(
     scene = Scene(saved.source, saved.schedule, prediction, settings.view, saved.mask, seen, blended=saved.blended)
     level = every_level(saved, indices, saved.source)
     sampler = settings.sampler if chosen else resampler(settings)
-    back = Back(scene, settings, sampler, level, saved.replay, skip)
+    back = Back(scene, settings, sampler, level, saved.replay, skip, hold)
     plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
     _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, bars, handoff=saved.latent)
 
@@ -457,7 +483,7 @@ def _write(
     kept: Kept | None = None,
     handoff: Tensor | None = None,
 ) -> None:
-    """Runs the levels through every writer that is wanted, and samples them back.
+    """Runs the levels through every writer that is wanted, and samples them back; a stopped film keeps what it has.
 
     Arguments:
         handoff: Where sampling begins; None is the noisiest z.
@@ -476,10 +502,12 @@ def _write(
     def every() -> Iterator[tuple[Frame, str]]:
         for frame in shown(walked, scene, settings, visit, told.clean):
             yield frame, ""
+            if stopped():
+                return
         if told.film and targets.resample:
-            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, bars)
+            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, bars, stopped)
 
-    with ExitStack() as stack:
+    with back.hold() if told.film else unstopped() as stopped, ExitStack() as stack:
         background = stack.enter_context(Background())
         sweep = None
         if targets.sweeps:
@@ -500,21 +528,42 @@ def _write(
             folder.finish()
         if sweep is not None:
             sweep.finish()
-    if sheet is not None and targets.sheet:
-        animation.write_png(targets.sheet, sheet, text)
+        if sheet is not None and targets.sheet:
+            animation.write_png(targets.sheet, sheet, text)
     if targets.curve:
         animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
     if targets.resample and not told.film:
         animation.write_png(targets.resample, back(plan.kept[-1], last, bars), text)
 
 
+class _EndedError(Exception):
+    """A film's sampling was stopped between two steps."""
+
+
 def _filmed(
-    z: Tensor, scene: Scene, plan: Levels, back: Back, settings: Settings, path: Path, text: str, bars: Bars
+    z: Tensor,
+    scene: Scene,
+    plan: Levels,
+    back: Back,
+    settings: Settings,
+    path: Path,
+    text: str,
+    bars: Bars,
+    stopped: Callable[[], bool],
 ) -> Iterator[tuple[Frame, str]]:
-    """Samples back to a picture, writes it, and shows how it came about."""
+    """Samples back to a picture, writes it, and shows how it came about; or as far as it came."""
+    picture = None
+
+    def listen(index: int, state: Tensor, estimate: Tensor) -> None:
+        film.listen(index, state, estimate)
+        if stopped() and film.indices:
+            raise _EndedError
+
     with Film(path, plan, scene.prediction, settings) as film:
-        picture = back(plan.kept[-1], z, bars, film.listen)
-        animation.write_png(path, picture, text)
+        with suppress(_EndedError):
+            picture = back(plan.kept[-1], z, bars, listen)
+            animation.write_png(path, picture, text)
         for frame in stills(film.levels(), 1, scene.schedule, _decode, _chunk(scene)):
             yield frame, "sampling"
-    yield Frame(None, 0.0, [picture]), "result"
+    if picture is not None:
+        yield Frame(None, 0.0, [picture]), "result"

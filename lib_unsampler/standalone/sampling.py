@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..core.guidance import GuidanceError, Weight, first_calls, mixed, sample_guided
+from ..core.guidance import GuidanceError, Weight, first_calls, mix, sample_guided
 from ..core.noising import SeededDraws
 from ..settings import STOCHASTIC
 from .embedded import Denoiser
@@ -134,7 +134,8 @@ def _last_step(
 ) -> Tensor:
     """D(z), every sampler's last step."""
     if guide is not None and 0 in guide.weights:
-        z = mixed(z, guide.level(0).to(z), guide.weights[0])
+        z = z.clone()
+        mix(z, guide.level(0).to(z), guide.weights[0])
     denoised = model(z, sigmas[:1].expand(len(z)))
     if callback is not None:
         callback({"i": 0, "x": z, "sigma": sigmas[0], "denoised": denoised})

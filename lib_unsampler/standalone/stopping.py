@@ -6,20 +6,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, TextIO
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """What ends a run from outside; nohup's and a shell's own SIG_IGN stay as they are."""
 
+NOTHING = "no half-written file was left"
+FILM = "the film ends where it was"
+Hold = Callable[[], AbstractContextManager[Callable[[], bool]]]
+"""Within it a signal waits; what it gives says whether one does. See :meth:`Stops.held`."""
+
 
 class Stopped(BaseException):
     """A signal came. Not an Exception: only what cleans up may look at it."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, left: str = NOTHING) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.left = number, left
 
     @property
     def status(self) -> int:
@@ -27,20 +32,28 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-def say_stopped(number: int) -> None:
-    """The last line of a run that was stopped."""
+def say_stopped(number: int, left: str = NOTHING) -> None:
+    """The last line of a run that was stopped, and what is left of it."""
     name = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
-    print(f"unsampler: {name}; no half-written file was left", file=sys.stderr, flush=True)
+    print(f"unsampler: {name}; {left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def unstopped() -> Iterator[Callable[[], bool]]:
+    """The :data:`Hold` where no signal is looked for."""
+    yield lambda: False
 
 
 class Stops:
     """The handlers of a run: before it writes anything a signal ends it on the spot, later it raises :class:`Stopped`.
 
-    Importing PyTorch is no place for an exception: libraries turn it into others, or lose it.
+    Importing PyTorch is no place for an exception: libraries turn it into others, or lose it. Nor is a film's making,
+    which is to keep what it has: there a signal waits until it is asked for.
     """
 
     def __init__(self) -> None:
         self.writing = False
+        self._holding, self._waiting = False, 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stops:
@@ -61,7 +74,20 @@ class Stops:
             os._exit(128 + number)
         for other in self._before:
             signal.signal(other, signal.SIG_IGN)  # what cleans up is not stopped
-        raise Stopped(number)
+        if not self._holding:
+            raise Stopped(number)
+        self._waiting = number
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], bool]]:
+        """Within it a signal waits, and what it gives says whether one does; at its end it raises :class:`Stopped`."""
+        self._holding = True
+        try:
+            yield lambda: bool(self._waiting)
+        finally:
+            self._holding = False
+        if self._waiting:
+            raise Stopped(self._waiting, FILM)
 
 
 class Stream:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.ahead import Ahead
 from ..core.held import every_level
-from ..core.inversion import unconverged
+from ..core.inversion import from_below, unconverged
 from ..core.noising import add_noise, normalize_noise, walk
 from ..core.replay import Recording
 from ..core.schedule import step_at
@@ -22,6 +22,7 @@ from ..settings import SAMPLING, Settings
 from . import driven, onward, refusals, saved
 from .driven import Batch, Inverted, Plan
 from .host.draws import HostDraws, pass_draws
+from .host.guiding import sampler_function
 from .host.progress import add_jobs, stopped
 from .host.request import comment
 from .host.saving import temporary_file
@@ -137,6 +138,10 @@ class BatchRun:
         self.sweep = Sweep(self.p, plan, self.settings)
         if self.p.iteration == 0:
             add_jobs(len(self.sweep.indices) * self.p.n_iter)
+            mode = self.settings.mode if self.file is None else self.file.settings.get("mode")
+            said = from_below(sampler_function(self.p.sampler)) if mode == "invert" else None
+            if said is not None:
+                comment(self.p, f"strength sweep: {said}")
         by_noise = self.settings.mode == "noise" and self.file is None
         own = by_noise and self.settings.noise == "shared" and not self.settings.normalize
         held = None if own else dict(self.walk())

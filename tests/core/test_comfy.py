@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from lib_unsampler.core.schedule import levels
 from lib_unsampler.core.trajectory import Trajectory
 
 Latent = Callable[..., Tensor]
+HANDS = Path(__file__).parent / "comfyui_hands.py"
+COMFYUI, PYTHON = os.environ.get("COMFYUI_DIR", ""), os.environ.get("COMFYUI_PYTHON", sys.executable)
+"""A checkout of ComfyUI, and a Python in which it runs."""
 
 
 def made(source: Tensor, prediction: str) -> Trajectory:
@@ -47,12 +53,36 @@ def test_comfyui_s_own_steps_lead_back_to_z(latent: Latent, tmp_path: Path, form
     assert told["images"] == 2 and told["sigmas"] == saved.sigmas.tolist()
 
 
+@pytest.mark.skipif(not COMFYUI, reason="COMFYUI_DIR names no checkout of ComfyUI")
+@pytest.mark.parametrize("level", [0, 2], ids=["least noisy", "noisiest"])
+@pytest.mark.parametrize(
+    ("kind", "prediction"), [("sd15", "eps"), ("sd15-v", "v"), ("sdxl", "eps"), ("sd3", "flow"), ("flux", "flow")]
+)
+def test_what_comfyui_s_sampler_is_handed_is_z(
+    latent: Latent, tmp_path: Path, kind: str, prediction: str, level: int
+) -> None:
+    """LoadLatent, then SamplerCustom with its noise disabled, to its sampler's function: all ComfyUI's own code."""
+    saved = made(latent(2, 16 if prediction == "flow" else 4, 6, 5), prediction)
+    path, out, sigma = tmp_path / "levels.latent", tmp_path / "handed.safetensors", float(saved.sigmas[level])
+    save_latent(saved, kind.removesuffix("-v"), path)
+    command = [PYTHON, str(HANDS), COMFYUI, str(path), kind, str(2 * level), "2", repr(sigma), str(out)]
+    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    with safe_open(out, "pt") as file:
+        handed, version = file.get_tensor("handed"), file.metadata()["version"]
+    z = saved.z[level]
+    error = float((handed - z).abs().max() / z.abs().max())
+    print(f"ComfyUI {version}, {kind}, sigma {sigma:g}: {error:.1e} of the largest value")
+    assert error < 4e-7  # three roundings of float32
+
+
 def test_what_cannot_be_held_is_refused_by_name(latent: Latent) -> None:
     source = latent(1, 4, 2, 2)
     one, sigma = source[None], torch.tensor([1.0])
     with pytest.raises(ComfyError, match="sigma 1 "):
         as_latents(one, sigma, "flow", "flux")
-    with pytest.raises(ComfyError, match="'flux2'"):
-        as_latents(one, sigma, "flow", "flux2")
+    for unknown in ("flux2", "qwen", "wan21"):
+        with pytest.raises(ComfyError, match=f"'{unknown}'"):
+            as_latents(one, sigma / 2, "flow", unknown)
     with pytest.raises(ComfyError, match="not pictures"):
         as_latents(one[:, :, :, None], sigma, "eps", "sd15")

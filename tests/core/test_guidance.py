@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_unsampler.core.guidance import GuidanceError, active, first_calls, mixed, sample_guided, skip_weight
+from lib_unsampler.core.guidance import GuidanceError, active, first_calls, mix, sample_guided, skip_weight
 from lib_unsampler.core.noising import add_noise
 from lib_unsampler.standalone.embedded import make_model
 from lib_unsampler.standalone.sampling import get_sigmas, kd
@@ -197,6 +197,45 @@ def test_a_sampler_that_goes_on_from_the_answer_alone_is_guided(scene: Any) -> N
     assert torch.equal(made, model(last, sigmas[STEPS - 1].expand(2)))
 
 
+def test_a_sampler_that_asks_for_the_guided_models_parts_is_guided(scene: Any) -> None:
+    """CFG++ as ComfyUI and Neo write it: x' = D(x) + s' (x - D(x without prompt)) / s, told by a function hung in."""
+    source, noise, sigmas, model = scene
+    plain = make_model("gaussian", "", *SIZE)
+
+    def two_fold(x: Tensor, sigma: Tensor, model_options: Any) -> Tensor:
+        denoised = model(x, sigma)
+        for told in model_options["sampler_post_cfg_function"]:
+            denoised = told({"denoised": denoised, "uncond_denoised": plain(x, sigma)})
+        return denoised
+
+    def sample_cfg_pp(
+        model: Any, x: Tensor, sigmas: Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+    ) -> Tensor:
+        extra_args, heard = {} if extra_args is None else extra_args, []
+        told = [lambda parts: heard.append(parts["uncond_denoised"]) or parts["denoised"]]
+        extra_args["model_options"] = {"sampler_post_cfg_function": told}
+        for i in range(len(sigmas) - 1):
+            denoised = model(x, sigmas[i].expand(len(x)), **extra_args)
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigmas[i], "denoised": denoised})
+            x = denoised + sigmas[i + 1] * (x - heard[-1]) / sigmas[i]
+        return x
+
+    def level(step: int) -> Tensor:
+        return add_noise(source, noise, sigmas[step], "eps")
+
+    weights = {1: 0.4, 2: 0.3}
+    calls = first_calls(sample_cfg_pp, two_fold, source, sigmas, extra_args={"cond": 1})
+    assert calls == list(range(STEPS))
+    made = sample_guided(sample_cfg_pp, two_fold, level(0), sigmas, weights, level, calls, disable=True)
+    x = level(0)
+    for i, (s, below) in enumerate(zip(sigmas, sigmas[1:])):
+        c = weights.get(i, 0.0)
+        x = c * level(i) + (1 - c) * x
+        x = model(x, s.expand(2)) + below * (x - plain(x, s.expand(2))) / s
+    assert (made - x).abs().max() < 1e-5
+
+
 def test_what_a_sampler_tells_its_callback_does_not_matter(scene: Any) -> None:
     """Forge's IPNDM and DEIS tell the state that they began with; they are guided like any other."""
     source, noise, sigmas, model = scene
@@ -220,11 +259,14 @@ def test_what_a_sampler_tells_its_callback_does_not_matter(scene: Any) -> None:
     assert (made[0] - made[1]).abs().max() < 1e-5
 
 
-def test_places_of_a_map_are_exactly_theirs() -> None:
-    x, z = torch.randn(1, 3, 2, 2), torch.randn(1, 3, 2, 2)
-    weight = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    made = mixed(x, z, weight)
-    assert torch.equal(made[..., 0, 1], z[..., 0, 1]) and torch.equal(made[..., 0, 0], x[..., 0, 0])
+@given(number=st.integers(0, 2**31))
+def test_places_of_a_map_are_exactly_theirs(number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    x, z = (torch.randn(2, 3, 7, 5, generator=generator) * 20 for _ in range(2))
+    weight = torch.randint(0, 2, (7, 5), generator=generator).float()
+    made = x.clone()
+    mix(made, z, weight)
+    assert torch.equal(made, torch.where(weight == 1, z, x))
 
 
 def test_what_a_sampler_sets_on_its_model_reaches_the_model(scene: Any) -> None:

@@ -49,7 +49,7 @@ def ask(path: str, body: dict[str, Any] | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(URL + path, data, {"Content-Type": "application/json"})
     try:
-        return json.load(urllib.request.urlopen(request, timeout=300))
+        return json.load(urllib.request.urlopen(request, timeout=1200))
     except urllib.error.HTTPError as error:
         return {"status": error.code, **json.loads(error.read())}
 

@@ -201,6 +201,46 @@ def test_a_stopped_run_leaves_nothing_half(name: str, picture: Path, tmp_path: P
 
 
 @posix
+def test_a_stopped_film_keeps_what_it_has(picture: Path, tmp_path: Path) -> None:
+    """Stopped while it samples: the steps until then are frames and animation, and no picture came of it."""
+    gif, frames, sheet, back = (tmp_path / n for n in ("x.gif", "frames", "sheet.png", "back.png"))
+    length = 300
+    wanted = ("--steps", length, "--film", "both", "--frames", frames, "--sheet", sheet, "--resample", back)
+    process = started(picture, "-o", gif, *wanted, "--sampler", "heun")
+    errors = ""
+    assert process.stderr is not None
+    while not re.search(r"sampling back: +([3-9]|[1-4]\d)%", errors[-300:]):
+        read = process.stderr.read(1)
+        assert read, errors
+        errors += read
+    process.send_signal(signal.SIGINT)
+    errors += process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "unsampler: interrupted; the film ends where it was"
+    with Image.open(gif) as moving:
+        assert length + 1 + length // 50 <= moving.n_frames < 2 * length
+        assert len(list(frames.iterdir())) == moving.n_frames
+    assert sheet.exists() and not back.exists() and not list(tmp_path.rglob(".*"))
+
+
+@posix
+def test_a_film_stopped_before_it_samples_keeps_its_noising(picture: Path, tmp_path: Path) -> None:
+    gif, frames = tmp_path / "x.gif", tmp_path / "frames"
+    process = started(
+        picture, "-o", gif, "--frames", frames, "--steps", 9000, "--film", "both", "--resample", tmp_path / "r.png"
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and len(list(frames.glob("0*.png"))) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and errors.splitlines()[-1].endswith("; the film ends where it was")
+    with Image.open(gif) as moving:
+        assert 3 <= moving.n_frames == len(list(frames.iterdir())) < 9000
+    assert not (tmp_path / "r.png").exists()
+
+
+@posix
 @pytest.mark.parametrize("wait", [0.15, 0.3, 0.6, 1.2])
 def test_ctrl_c_in_the_first_moments_is_no_traceback(wait: float, picture: Path, tmp_path: Path) -> None:
     process = started(picture, "-o", tmp_path / "x.gif", "--steps", 10000)

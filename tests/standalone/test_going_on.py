@@ -280,6 +280,17 @@ def test_a_film_that_cannot_be_is_refused_or_named(picture: Path, tmp_path: Path
 # Strength sweep
 
 
+@pytest.mark.parametrize(("sampler", "named"), [("euler", False), ("heun", False), ("dpmpp_2m", True)])
+def test_a_sweep_of_an_inversion_names_a_sampler_without_its_history(
+    sampler: str, named: bool, picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file, swept = tmp_path / "t.safetensors", f"{tmp_path / 'swept'}/"
+    run(picture, "--steps", 4, "--mode", "invert", "--sampler", sampler, "--sweep", swept, "--latents", file)
+    assert ("--sweep: dpmpp_2m looks back over its steps" in capsys.readouterr().err) is named
+    run("--resume", file, "--sweep", swept)
+    assert ("--sweep: dpmpp_2m looks back over its steps" in capsys.readouterr().err) is named
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,0 +1,145 @@
+"""What guide, film and strength sweep take over the sampling that they belong to, on the embedded model.
+
+The bundled cat at 400x300, 20 Karras steps, the Gaussian prior under a prompt. Each is run in turn with the plain
+sampling beside it, and times are the processor's own, so that a busy machine changes neither; the figure is the median
+of the ratios. The film is the states on their way to the disk; its frames' decoding and encoding is what every frame
+costs. The sweep's plain sampling is one from each of its levels, as they are walked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..pictures.film import Film
+from ..pictures.progression import Scene
+from ..settings import Settings, parse
+from ..standalone import onward, reading, running
+from ..standalone.embedded import Denoiser
+from ..standalone.progress import silent
+from ._report import Report, progress
+
+CAT = Path(__file__).resolve().parents[1] / "assets/cat.jpg"
+SIDE = 400
+CASES = [
+    (name, sampler, cfg) for sampler, cfg in (("euler", 1), ("dpmpp_2m", 7)) for name in ("guide", "film", "sweep")
+]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How often each is run."""
+    parser.add_argument("--rounds", type=int, default=9, help="pairs of runs; the median of their ratios is shown")
+
+
+def run(options: argparse.Namespace) -> Report:
+    """Every case beside its plain sampling."""
+    source = reading.load_picture(CAT, SIDE)
+    records = [measure(source, *case, options.rounds) for case in progress(CASES, len(CASES))]
+    columns = ["what", "sampler", "cfg", "plain", "with it", "ratio", "model calls"]
+    rows = [
+        [
+            r["what"],
+            r["sampler"],
+            str(r["cfg"]),
+            f"{1e3 * r['plain']:.0f} ms",
+            f"{1e3 * r['own']:.0f} ms",
+            f"{r['ratio']:.3f}",
+            f"{r['own_calls']} of {r['plain_calls']}",
+        ]
+        for r in records
+    ]
+    return Report("What goes on from the levels, beside the sampling it belongs to", columns, rows, records, [])
+
+
+def measure(source: Tensor, what: str, sampler: str, cfg: float, rounds: int) -> dict[str, Any]:
+    """One case: medians of both times, and of their ratio."""
+    asked = {"sampler": sampler, "resample_positive": "sunset", "resample_cfg": cfg}
+    plain, own = both(source, what, parse(asked, "cli"), parse({**asked, "guide": what == "guide"}, "cli"))
+    with Counted() as calls:
+        plain()
+        plain_calls = calls.taken()
+        own()
+        own_calls = calls.taken()
+    pairs = [(seconds(plain), seconds(own)) for _ in range(rounds)]
+    return {
+        "what": what,
+        "sampler": sampler,
+        "cfg": cfg,
+        "plain": statistics.median(p for p, _ in pairs),
+        "own": statistics.median(o for _, o in pairs),
+        "ratio": statistics.median(o / p for p, o in pairs),
+        "plain_calls": plain_calls,
+        "own_calls": own_calls,
+    }
+
+
+def both(
+    source: Tensor, what: str, settings: Settings, wanted: Settings
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(the plain sampling, the same with what is measured)."""
+    plan = running.plan_levels(settings)
+    prediction = onward.PREDICTION[settings.model]
+    scene = Scene(source, plan.schedule, prediction, settings.view)
+    level = onward.shared_levels(source, plan.schedule, settings)
+    plain, guided = (running.Back(scene, s, s.sampler, level, None, 0) for s in (settings, wanted))
+    z = level(0).clone()
+
+    def filmed() -> None:
+        with tempfile.TemporaryDirectory() as folder, Film(Path(folder) / "x", plan, prediction, wanted) as film:
+            plain(0, z, silent, film.listen)
+
+    def swept() -> None:
+        with running.Sweep(settings, plan.sigmas.tolist(), "", None, None, lambda i, z: plain(i, z, silent)) as sweep:
+            for index, noisy in running.noised(source, plan, settings):
+                sweep.take(index, noisy)
+            sweep.finish()
+
+    def one_by_one() -> None:
+        for index, noisy in running.noised(source, plan, settings):
+            plain(index, noisy, silent)
+
+    if what == "sweep":
+        return one_by_one, swept
+    return lambda: plain(0, z, silent), filmed if what == "film" else lambda: guided(0, z, silent)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """What a run takes of the processor."""
+    begun = time.process_time()
+    function()
+    return time.process_time() - begun
+
+
+class Counted:
+    """Counts the embedded model's calls while it is entered."""
+
+    def __init__(self) -> None:
+        self._own, self._made = onward.guided, 0
+
+    def __enter__(self) -> Counted:
+        onward.guided = self._guided
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        onward.guided = self._own
+
+    def _guided(self, positive: Denoiser, negative: Denoiser, scale: float) -> Denoiser:
+        denoiser = self._own(positive, negative, scale)
+
+        def counted(x: Tensor, sigma: Tensor) -> Tensor:
+            self._made += 1
+            return denoiser(x, sigma)
+
+        return counted
+
+    def taken(self) -> int:
+        """The calls since it was asked last."""
+        made, self._made = self._made, 0
+        return made
