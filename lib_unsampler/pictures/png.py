@@ -76,7 +76,8 @@ def _filtered(rows: NDArray[np.uint8], before: NDArray[np.uint8]) -> NDArray[np.
 
 def _sizes(kept: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Each row's sum of signed bytes."""
-    return np.minimum(kept, 0 - kept).sum(axis=1, dtype=np.int64)
+    sums: NDArray[np.int64] = np.minimum(kept, 0 - kept).sum(axis=1, dtype=np.int64)
+    return sums
 
 
 def _paeth(rows: NDArray[np.uint8], left: NDArray[np.uint8], above: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -86,8 +87,10 @@ def _paeth(rows: NDArray[np.uint8], left: NDArray[np.uint8], above: NDArray[np.u
     a, b, c = (part.astype(np.int16) for part in (left, above, corner))
     from_a, from_b = np.abs(b - c), np.abs(a - c)
     from_c = np.abs(a + b - 2 * c)
-    nearest = np.where((from_a <= from_b) & (from_a <= from_c), left, np.where(from_b <= from_c, above, corner))
-    return rows - nearest
+    nearest: NDArray[np.uint8] = np.where(
+        (from_a <= from_b) & (from_a <= from_c), left, np.where(from_b <= from_c, above, corner)
+    )
+    return np.subtract(rows, nearest, dtype=np.uint8)
 
 
 def serves(picture: Image.Image, options: Mapping[str, Any]) -> bool:
