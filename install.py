@@ -73,7 +73,7 @@ COMES = (
 
 
 def fetch(python, wanted):
-    """pip install, told in one line for each package that comes, and at length where it fails; returns its status."""
+    """Pip install, told in one line for each package that comes, and at length where it fails; returns its status."""
     import re
     import subprocess
 
@@ -98,7 +98,6 @@ def environment(root, groups):
     """The Python of .venv, with the pinned packages of the groups; made or completed if need be."""
     import hashlib
     import os
-    import subprocess
     import venv
 
     folder = root / ".venv"

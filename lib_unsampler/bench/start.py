@@ -55,20 +55,16 @@ def run(options: argparse.Namespace) -> Report:
         for name in progress(every, len(every)):
             out = [str(Path(folder) / "a.gif")] if CASES[name] is RUN else []
             taken[name].append(seconds([*CASES[name], *out]))
-    records = []
-    for name, times in taken.items():
-        firsts = [first for _, first in times[1:] if first is not None]
-        ends = median(end for end, _ in times[1:])
-        records.append({"case": name, "seconds": ends, "first byte": median(firsts) if firsts else None})
-    floor = next(record["seconds"] for record in records if record["case"] == FLOOR)
+    ends = {name: median(end for end, _ in times[1:]) for name, times in taken.items()}
+    firsts = {
+        name: median(first for _, first in times[1:] if first is not None)
+        for name, times in taken.items()
+        if times[0][1] is not None
+    }
     rows = [
-        [
-            str(record["case"]),
-            f"{record['seconds']:.2f} s",
-            f"{record['seconds'] / floor:.2f}",
-            f"{record['first byte']:.2f} s" if record["first byte"] else "",
-        ]
-        for record in records
+        [name, f"{end:.2f} s", f"{end / ends[FLOOR]:.2f}", f"{firsts[name]:.2f} s" if name in firsts else ""]
+        for name, end in ends.items()
     ]
+    records = [{"case": name, "seconds": end, "first byte": firsts.get(name)} for name, end in ends.items()]
     columns = ["what", "time", f"over {FLOOR}", "first byte on stderr"]
     return Report(f"Starting, median of {ROUNDS} warm runs", columns, rows, records, [])

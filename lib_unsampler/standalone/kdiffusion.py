@@ -32,6 +32,7 @@ class Later:
         return Later(f"{self._name}.{name}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What it is calls, imported now."""
         return resolve_name(self._name)(*args, **kwargs)
 
 

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEAVY = """torchvision kornia wandb clip skimage accelerate einops cleanfid jsonmerge dctorch scipy torchsde torchdiffeq
-torch._dynamo torch._inductor torch.onnx matplotlib pandas""".split()
+HEAVY = [
+    *("torchvision", "kornia", "wandb", "clip", "skimage", "accelerate", "einops", "cleanfid", "jsonmerge", "dctorch"),
+    *("scipy", "torchsde", "torchdiffeq", "torch._dynamo", "torch._inductor", "torch.onnx", "matplotlib", "pandas"),
+]
 """What k-diffusion's own ``__init__`` loads, and what only some samplers call."""
 
 
