@@ -39,7 +39,7 @@ class Sample:
     """What of a format's film a small film of it is made of.
 
     Attributes:
-        every: One of so many frames, and three at least: a GIF's small frames take nearly as long as its large ones.
+        every: One of so many frames, and two at least: a GIF's small frames take nearly as long as its large ones.
         most: Frames at most; H.264 builds each on the last, so it needs all.
         strip: Rows that belong together: what a format predicts from above, it does within so many.
         target: Of the bytes there are: how far what is foretold can be trusted.
@@ -54,7 +54,7 @@ class Sample:
 
 
 SAMPLES: dict[type[Container], Sample] = {
-    Gif: Sample(8, 16, 2, 0.94, 1.0),
+    Gif: Sample(12, 16, 2, 0.94, 1.0),
     Apng: Sample(1, 64, 8, 0.97, 1.0),
     WebP: Sample(1, 64, 16, 0.97, 0.5),
     Mp4: Sample(1, math.inf, 16, 0.97, 0.1),
@@ -63,11 +63,14 @@ SAMPLES: dict[type[Container], Sample] = {
 MOST_FORETOLD = 3
 """Small films that are made at most; fewer where one has nearly the bytes that are aimed at."""
 
-NEAR = (0.9, 1.03)
-"""Of these: what is between is interpolated."""
+NEAR = (0.6, 1.03)
+"""Of these: the line to there is straight enough, unless it goes round the corner from quality to side."""
 
 SHARE = 1 / 16
 """Of the film's pixels that are in a small film, about."""
+
+WEIGHED = 32
+"""One row of so many says how much there is in a frame, beside others."""
 
 LEAST_PIXELS = 2**13
 """Of a frame's strips together."""
@@ -198,9 +201,11 @@ class Fitted:
         self._background.submit(3 * frame.width * frame.height, self._keep, self._ready, frame)
 
     def _ready(self, frame: Image.Image) -> tuple[bytes, int]:
-        """A frame's pixels, and its weight beside other frames': what every 16th row deflates to, and a floor."""
+        """A frame's pixels, and its weight where not all are sampled: what some rows deflate to, and a floor."""
         frame = self._first.smaller(frame)
-        part = Image.fromarray(np.asarray(frame)[:: round(1 / SHARE)])
+        if len(self._taken(len(self._timing.durations))) == len(self._timing.durations):
+            return frame.tobytes(), 1
+        part = Image.fromarray(np.asarray(frame)[::WEIGHED])
         return frame.tobytes(), len(Apng.encode(part, 0)) + part.width * part.height // 2
 
     def _keep(self, ready: tuple[bytes, int]) -> None:
@@ -236,7 +241,8 @@ class Fitted:
             count = self._foretold(way.making(at))
             way.learn(at, count)
             before, at = at, way.aim(target)
-            if at == before or NEAR[0] <= count / target <= NEAR[1]:
+            straight = (before > way.worst) == (at > way.worst)
+            if at == before or (straight and NEAR[0] <= count / target <= NEAR[1]):
                 break
         return at
 
@@ -257,7 +263,7 @@ class Fitted:
 
     def _foretold(self, making: Making) -> int:
         """Bytes of the file, as a small film of strips has them."""
-        form, size, taken = self._format, making.size(self._come.size), self._taken()
+        form, size, taken = self._format, making.size(self._come.size), self._taken(self._come.count)
         strip = SAMPLES[form].strip
         rows = _rows(size, min(1 / 2, SHARE * self._come.count / len(taken)), strip)
         with tempfile.TemporaryDirectory() as folder:
@@ -273,10 +279,10 @@ class Fitted:
         pixels = max(1, small - form.base - len(few) * form.overhead) * (size[1] / rows) / part
         return round(pixels + form.base + len(shown) * form.overhead + 2 * len(self._text.encode()))
 
-    def _taken(self) -> list[int]:
-        """The frames of a small film: one of each stretch of the whole, at another place in each."""
-        sample, count = SAMPLES[self._format], self._come.count
-        taken = int(min(max(math.ceil(count / sample.every), 3), count, sample.most))
+    def _taken(self, count: int) -> list[int]:
+        """Which of so many frames a small film has: one of each stretch of the whole, at another place in each."""
+        sample = SAMPLES[self._format]
+        taken = int(min(max(math.ceil(count / sample.every), 2), count, sample.most))
         return [math.floor((part + (part * GOLDEN + 0.5) % 1) * count / taken) for part in range(taken)]
 
 
