@@ -34,6 +34,7 @@ MEGABYTE = 10**6
 SMALLEST = 128
 """Pixels of the longest side; frames are made no smaller for the sake of bytes."""
 
+
 @dataclass(frozen=True)
 class Sample:
     """What of a format's film a small film of it is made of.
@@ -222,7 +223,7 @@ class Fitted:
         """
         self._timing.shown(self._come.count)  # there is one at least
         self._background.finish()
-        way, target = Way(self._format, max(self._come.size)), SAMPLES[self._format].target * self._most
+        way, target = Way(self._format, max(self._come.size)), max(1.0, SAMPLES[self._format].target * self._most)
         at = self._place(way, target)
         while True:
             making = way.making(at)
@@ -275,7 +276,9 @@ class Fitted:
                     strips.add(_strips(self._read(number), size, rows, strip, phase))
                 small = strips.finish()
         shown, few = self._timing.shown(self._come.count), self._timing.shown(len(taken))
-        part = sum(self._weights[taken[number]] for number, _ in few) / sum(self._weights[number] for number, _ in shown)
+        part = sum(self._weights[taken[number]] for number, _ in few) / sum(
+            self._weights[number] for number, _ in shown
+        )
         pixels = max(1, small - form.base - len(few) * form.overhead) * (size[1] / rows) / part
         return round(pixels + form.base + len(shown) * form.overhead + 2 * len(self._text.encode()))
 

@@ -5,6 +5,7 @@ The command line and the WebUI share it: nothing is held but thumbnails and what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,8 +71,8 @@ class Reel:
         self.fit: Fit | None = None
         if moving is not None:
             about = (moving, timing(settings, sigmas), text, background, making(settings))
-            most = round(settings.max_megabytes * MEGABYTE)
-            if most:
+            if settings.max_megabytes:
+                most = math.floor(settings.max_megabytes * MEGABYTE)
                 self._animation = self._files.enter_context(Fitted(*about, most))
             else:
                 self._animation = self._files.enter_context(Animation(*about))

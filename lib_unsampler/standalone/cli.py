@@ -20,18 +20,8 @@ from . import folders
 from .folders import TARGETS, Paths, Place, flag
 from .stopping import Stopped, Stops, say_stopped, streams
 
-SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format"}
-SHOWN_AS_SAVED |= {
-    "reverse",
-    "ping_pong",
-    "duration",
-    "timing",
-    "hold_first",
-    "hold_last",
-    "loop",
-    "animation_side",
-    "max_megabytes",
-}
+SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format", "animation_side", "max_megabytes"}
+SHOWN_AS_SAVED |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
 RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
 RESUMABLE |= {"guide", "guide_strength", "guide_alpha", "guide_from", "guide_until", "film", "film_view"}
 RESUMABLE |= SHOWN_AS_SAVED

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_animation import ENDINGS, needs_codec, read
 
 from lib_unsampler.pictures import fitting
 from lib_unsampler.pictures.animation import FORMATS, Animation, Making, write
 from lib_unsampler.pictures.background import Background
 from lib_unsampler.pictures.fitting import SMALLEST, Fit, Fitted, Way
 from lib_unsampler.pictures.timing import Timing
-
-from test_animation import ENDINGS, needs_codec, read
 
 SIZE, COUNT = (384, 288), 12
 CAT = Image.open(Path(fitting.__file__).parents[1] / "assets/cat.jpg").convert("RGB").resize(SIZE)
