@@ -80,7 +80,7 @@ POWER = 1.5
 """Of the side, with which the bytes go where nothing more is known."""
 
 LEAST_STEP = 0.02
-"""Of the way, where a file came out too large."""
+"""Of the way, where a file came out too large by its side."""
 
 GOLDEN = 0.618
 """Where the strips of one frame lie below those of the last: no two frames show the same rows."""
@@ -157,15 +157,24 @@ class Way:
         steps = abs(self._lost)
         return math.ceil(at * steps - 1e-6) / steps if at < self.worst else at  # a quality is a whole number
 
+    def after(self, at: float) -> float:
+        """The next place that is worth another try."""
+        return min(self.end, at + (1 / abs(self._lost) if at < self.worst else LEAST_STEP))
+
     def _line(self) -> tuple[list[float], list[float]]:
         """The places that are known and, by the laws above, the two corners; and the logarithms of their bytes."""
-        places = sorted(self._known)
-        logs = list(accumulate((self._known[place] for place in places), min))
-        if places[-1] < self.worst:
-            logs.append(logs[-1] + (self.worst - places[-1]) * math.log(self._sample.falls))
-            places.append(self.worst)
-        ratio = (self.end - places[-1]) * math.log(self._least / self._side)
-        return [*places, self.end], [*logs, logs[-1] + POWER * ratio]
+        known, smaller = dict(self._known), math.log(self._least / self._side)
+        if self.worst not in known:
+            last = max(place for place in known if place < self.worst)
+            corner = known[last] + (self.worst - last) * math.log(self._sample.falls)
+            beyond = [place for place in known if place > self.worst]
+            if beyond:  # the same from the other side: the larger is the safer
+                first = min(beyond)
+                corner = max(corner, known[first] - (first - self.worst) * POWER * smaller)
+            known[self.worst] = corner
+        places = sorted(known)
+        logs = list(accumulate((known[place] for place in places), min))
+        return [*places, self.end], [*logs, logs[-1] + (self.end - places[-1]) * POWER * smaller]
 
 
 class Fitted:
@@ -233,7 +242,7 @@ class Fitted:
                 return Fit(making.size(self._come.size), quality, count, self._most)
             way.correct(at, count)
             target *= self._most / count  # twice as far: what misled once may mislead again
-            at = min(way.end, max(way.aim(target), at + LEAST_STEP))
+            at = max(way.aim(target), way.after(at))
 
     def _place(self, way: Way, target: float) -> float:
         """Where on the way the file may have ``target`` bytes, as the strips foretell it."""
