@@ -66,17 +66,44 @@ def made_by_this_python(folder):
     return any(line.replace(" ", "") == "version=" + version for line in lines)
 
 
+COMES = (
+    r"(?:Downloading|Using cached|Processing) (?:\S*[/\\])?([^-\s]+)-([^-\s]+?)(?:-|\.tar)\S*?(?<!\.metadata)(?: \(|$)"
+)
+"""A line of pip's for a package that comes: its name and version; its size may follow."""
+
+
+def fetch(python, wanted):
+    """Pip install, told in one line for each package that comes, and at length where it fails; returns its status."""
+    import re
+    import subprocess
+
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *wanted]
+    said = []
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, encoding="utf-8", errors="replace", **streams) as pip:
+        for line in pip.stdout:
+            said.append(line)
+            package = re.match(COMES, line.strip())
+            if package:
+                size = re.search(r"\(\d[\d.]* [kMG]?B\)", line)
+                print(" ", *package.groups(), size[0] if size else "", flush=True)
+            elif line.startswith("Installing "):
+                print("  unpacking", flush=True)
+    if pip.returncode:
+        print("".join(said[-20:]), end="", file=sys.stderr)
+    return pip.returncode
+
+
 def environment(root, groups):
     """The Python of .venv, with the pinned packages of the groups; made or completed if need be."""
     import hashlib
     import os
-    import subprocess
     import venv
 
     folder = root / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = pins(root, groups)
-    mark = hashlib.sha256("\n".join([sys.version, *wanted]).encode()).hexdigest()
+    wanted, alone = pins(root, groups), pins(root, ["alone"])
+    mark = hashlib.sha256("\n".join([sys.version, *wanted, *alone]).encode()).hexdigest()
     stamp = folder / f"installed-{'-'.join(groups)}"
     if stamp.is_file() and stamp.read_text() == mark and python.exists():
         return python
@@ -88,8 +115,7 @@ def environment(root, groups):
         listed.write_text("\n".join(wanted) + "\n", encoding="utf-8")
     except OSError as error:
         sys.exit(f"{folder} cannot be made: {error}. End what still runs from it, and run this again.")
-    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-r", str(listed)]
-    if subprocess.call(install):
+    if fetch(python, ["-r", str(listed)]) or fetch(python, ["--no-deps", *alone]):
         sys.exit(
             "Installing failed; pip says why above. Nothing outside .venv was touched: mend it and run this again."
         )

@@ -16,6 +16,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from lib_unsampler.standalone import kdiffusion  # noqa: E402 - the path comes first
+
+kdiffusion.sampling()  # for every test: k-diffusion without the packages of its training code, which are not here
 torch.set_num_threads(1)  # small tensors; threads only wait for one another on a busy machine
 
 Draw = Callable[[int], Tensor]

@@ -184,10 +184,11 @@ MAY_BE_EQUAL = {
         "solver",
         "resample_cfg",
         "mode",
+        "max_megabytes",
     ),
 }
 """What may change no byte: guidance towards the same prompt, a solver that is done before its limit, the picture that
-replay gives back."""
+replay gives back, a limit that the file keeps anyway."""
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ LAYERS = "Each wing imports only those below it, and none beside it"
 BENCH = "The benches run without a host"
 CORE = "core knows torch, numpy, safetensors and Python's own"
 HOST = "Only the host's files know the WebUI"
-SAMPLING = "k-diffusion is the host's, or the command line's"
+SAMPLING = "k-diffusion is the host's; the command line loads its samplers alone"
 PAGE = "Only the page knows gradio"
 WRONG = [
     (LAYERS, "files.py", "from . import settings"),
@@ -94,6 +94,7 @@ WRONG = [
     (HOST, "webui/routes.py", "from modules import shared"),
     (HOST, "standalone/sampling.py", "from modules import shared"),
     (SAMPLING, "webui/axes.py", "import k_diffusion"),
+    (SAMPLING, "standalone/sampling.py", "import k_diffusion"),
     (PAGE, "webui/routes.py", "import gradio"),
     (PAGE, "webui/host/page.py", "import gradio"),
 ]

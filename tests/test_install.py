@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import install
 
 ROOT = Path(install.__file__).resolve().parent
 PINNED = re.compile(r"^[A-Za-z0-9._-]+(\[[a-z,]+\])?==[0-9][A-Za-z0-9.+!]*(; .+)?$")
-GROUPS = ("demo", "test")
+GROUPS = ("demo", "alone", "test")
 
 
 def refusal(platform: Callable[[], Any]) -> str:
@@ -130,10 +131,10 @@ def test_each_python_gets_one_version_of_each_package(python: str, system: str) 
 
 def test_a_failing_pip_is_said_and_not_taken_for_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """venv and pip are replaced, not the code under test: no network in the tests."""
-    (tmp_path / "pyproject.toml").write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\n')
+    (tmp_path / "pyproject.toml").write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\nalone = ["bare==2.0"]\n')
     monkeypatch.setattr("venv.create", lambda folder, **_: folder.mkdir(exist_ok=True))
     calls: list[list[str]] = []
-    monkeypatch.setattr("subprocess.call", lambda command, **_: calls.append(command) or 1)
+    monkeypatch.setattr(install, "fetch", lambda _, wanted: calls.append(wanted) or 1)
     for _ in range(2):
         assert "Installing failed" in refusal(lambda: install.environment(tmp_path, ["demo"]))
     assert len(calls) == 2 and not list((tmp_path / ".venv").glob("installed-*"))
@@ -143,7 +144,7 @@ def test_a_made_environment_is_used_again_until_the_pins_change(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     project = tmp_path / "pyproject.toml"
-    project.write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\n')
+    project.write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\nalone = ["bare==2.0"]\n')
 
     def create(folder: Path, **_: Any) -> None:
         for name in ("bin/python", "Scripts/python.exe"):
@@ -152,28 +153,66 @@ def test_a_made_environment_is_used_again_until_the_pins_change(
 
     calls: list[list[str]] = []
     monkeypatch.setattr("venv.create", create)
-    monkeypatch.setattr("subprocess.call", lambda command, **_: calls.append(command) or 0)
+    monkeypatch.setattr(install, "fetch", lambda _, wanted: calls.append(wanted) or 0)
     first = install.environment(tmp_path, ["demo"])
-    assert first.exists() and install.environment(tmp_path, ["demo"]) == first and len(calls) == 1
-    assert "nothing==1.0" in Path(calls[0][-1]).read_text()
+    assert first.exists() and install.environment(tmp_path, ["demo"]) == first
+    (_, listed), bare = calls
+    assert Path(listed).read_text() == "nothing==1.0\n" and bare == ["--no-deps", "bare==2.0"]
     made: list[dict[str, Any]] = []
     monkeypatch.setattr("venv.create", lambda folder, **options: made.append(options))
     version = ".".join(map(str, sys.version_info[:3]))
     (tmp_path / ".venv" / "pyvenv.cfg").write_text(f"home = /usr\nversion = {version}\n")
-    project.write_text('[dependency-groups]\ndemo = ["nothing==1.1"]\n')
+    project.write_text('[dependency-groups]\ndemo = ["nothing==1.1"]\nalone = ["bare==2.0"]\n')
     install.environment(tmp_path, ["demo"])
-    assert len(calls) == 2
+    assert len(calls) == 4
     assert made == []  # its Python may be running: writing over that is "Text file busy"
     (tmp_path / ".venv" / "pyvenv.cfg").write_text("home = /usr\nversion = 3.9.1\n")
-    project.write_text('[dependency-groups]\ndemo = ["nothing==1.2"]\n')
+    project.write_text('[dependency-groups]\ndemo = ["nothing==1.2"]\nalone = ["bare==2.0"]\n')
     install.environment(tmp_path, ["demo"])
     assert len(made) == 1 and made[0]["clear"]
+
+
+def wheel(folder: Path, name: str, wanted: str = "") -> str:
+    """A package with nothing in it, as pip takes it."""
+    path, about = folder / f"{name}-1.5-py3-none-any.whl", f"{name}-1.5.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        needs = f"Requires-Dist: {wanted}\n" if wanted else ""
+        file.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n{needs}")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
+    return str(path)
+
+
+def test_pip_says_one_line_a_package_and_all_where_it_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real pip, without its index."""
+    packages = [wheel(tmp_path, "first"), wheel(tmp_path, "second", "first"), wheel(tmp_path, "third", "nowhere==1.0")]
+    alone = ["--no-index", "--target", str(tmp_path / "made")]
+    assert install.fetch(sys.executable, [*alone, *packages[:2]]) == 0
+    said = capsys.readouterr()
+    assert [line.split() for line in said.out.splitlines()] == [["first", "1.5"], ["second", "1.5"], ["unpacking"]]
+    assert said.err == ""
+    assert install.fetch(sys.executable, [*alone, packages[2]]) != 0
+    assert "No matching distribution found for nowhere==1.0" in capsys.readouterr().err
+
+
+def test_what_pip_says_of_a_download_is_its_name_version_and_size() -> None:
+    """pip's own lines, of versions 23 and 26."""
+    told = {
+        "Downloading torch-2.14.1-cp311-cp311-manylinux_2_28_x86_64.whl (906.4 MB)": ("torch", "2.14.1"),
+        "Using cached k_diffusion-0.1.1.post1-py3-none-any.whl (33 kB)": ("k_diffusion", "0.1.1.post1"),
+        "Downloading pytz-2026.6.tar.gz (320 kB)": ("pytz", "2026.6"),
+        "Downloading torch-2.14.1-cp311-cp311-manylinux_2_28_x86_64.whl.metadata (30 kB)": None,
+        "Collecting torch==2.14.1": None,
+    }
+    for line, wanted in told.items():
+        found = re.match(install.COMES, line)
+        assert (found and found.groups()) == wanted, line
 
 
 def test_an_environment_in_use_that_cannot_be_made_anew_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "pyproject.toml").write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\n')
+    (tmp_path / "pyproject.toml").write_text('[dependency-groups]\ndemo = ["nothing==1.0"]\nalone = ["bare==2.0"]\n')
 
     def busy(folder: Path, **_: Any) -> None:
         raise OSError(26, "Text file busy", str(folder))

@@ -63,10 +63,17 @@ def pillow(path: Path, frames: list[Image.Image]) -> None:
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
+def pillow_each(path: Path, frames: list[Image.Image]) -> None:
+    """Pillow's own, a file for each frame: none is dropped or takes anything over from the one before."""
+    for number, frame in enumerate(frames):
+        frame.save(path.with_stem(f"{path.stem}-{number:03d}"), quality=80)
+
+
 WRITERS: dict[str, tuple[Callable[[Path, list[Image.Image]], None], str]] = {
     "GIF, Pillow": (pillow, ".gif"),
     "GIF, ours": (ours, ".gif"),
     "WebP, Pillow": (pillow, ".webp"),
+    "WebP, Pillow, each frame": (pillow_each, ".webp"),
     "WebP, ours": (ours, ".webp"),
     "APNG, Pillow": (pillow, ".png"),
     "APNG, ours": (ours, ".png"),
@@ -74,9 +81,9 @@ WRITERS: dict[str, tuple[Callable[[Path, list[Image.Image]], None], str]] = {
 }
 
 
-def distance(path: Path, frames: list[Image.Image]) -> float:
+def distance(shown: list[Image.Image], frames: list[Image.Image]) -> float:
     """PSNR in dB of what is read back, over all frames and channels; infinite for no loss."""
-    error = np.mean([np.mean((np.asarray(a, float) - np.asarray(b)) ** 2) for a, b in zip(read(path), frames)])
+    error = np.mean([np.mean((np.asarray(a, float) - np.asarray(b)) ** 2) for a, b in zip(shown, frames)])
     return float(20 * np.log10(255) - 10 * np.log10(error)) if error else float("inf")
 
 
@@ -106,9 +113,17 @@ def measure(writer: str, name: str) -> dict[str, Any]:
             write(path, frames)
             taken.append(time.perf_counter() - begun)
             memory.append(peak_memory())
-        size, found = path.stat().st_size, distance(path, frames)
-    added = memory[1] - memory[0]
-    return {"film": name, "writer": writer, "seconds": min(taken), "bytes": size, "dB": found, "memory": added}
+        files = sorted(Path(folder).iterdir())
+        size, shown = sum(file.stat().st_size for file in files), [frame for file in files for frame in read(file)]
+    return {
+        "film": name,
+        "writer": writer,
+        "seconds": min(taken),
+        "bytes": size,
+        "frames": len(shown),
+        "dB": distance(shown, frames),
+        "memory": memory[1] - memory[0],
+    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -128,13 +143,14 @@ def run(options: argparse.Namespace) -> Report:
             record["writer"],
             f"{record['seconds']:.2f} s",
             f"{record['bytes'] / 1e6:.2f} MB",
+            str(record["frames"]),
             "lossless" if record["dB"] == float("inf") else f"{record['dB']:.1f} dB",
             f"{record['memory'] / 1e6:.0f} MB",
         ]
         for record in records
     ]
     notes = ["" if len(wanted) == len(WRITERS) else "MP4 was left out: no PyAV."]
-    columns = ["film", "writer", "time", "size", "read back", "peak memory added"]
+    columns = ["film", "writer", "time", "size", "frames", "read back", "peak memory added"]
     return Report(f"{FRAMES} frames of {SIDE} x {SIDE}", columns, rows, records, notes)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -24,6 +26,62 @@ FORMATS: dict[str, type[Container]] = {
 }
 
 
+@dataclass(frozen=True)
+class Making:
+    """How frames are made for a file.
+
+    Attributes:
+        side: The longest side; larger ones are brought down to it (Lanczos). None leaves all as they are.
+        quality: On the format's own scale; None is its best.
+    """
+
+    side: int | None = None
+    quality: int | None = None
+
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of what a frame becomes."""
+        longest = max(size)
+        if self.side is None or longest <= self.side:
+            return size
+        width, height = (max(1, round(side * self.side / longest)) for side in size)
+        return width, height
+
+    def smaller(self, frame: Image.Image) -> Image.Image:
+        """A frame at that size."""
+        size = self.size(frame.size)
+        return frame if size == frame.size else frame.resize(size, Image.Resampling.LANCZOS)
+
+
+AS_IT_IS = Making()
+
+
+class Arrivals:
+    """The frames that come for a file: how many, how large, and whether it can hold them."""
+
+    def __init__(self, form: type[Container], timing: Timing, making: Making) -> None:
+        self._form, self._timing, self._making = form, timing, making
+        self.count, self._size = 0, (0, 0)  # until the first frame comes
+
+    def take(self, frame: Image.Image) -> None:
+        """Counts the next frame.
+
+        Raises:
+            ValueError: if its size is not the first one's or too large, or no time is left for it.
+        """
+        if self.count == len(self._timing.durations):
+            raise ValueError(f"more frames than the {self.count} durations")
+        if self.count and frame.size != self._size:
+            raise ValueError(f"frame {self.count} is {frame.size}, the first was {self._size}")
+        if max(self._making.size(frame.size)) > self._form.side:
+            raise ValueError(f"frame size {frame.size} is above the format's {self._form.side}")
+        self._size, self.count = frame.size, self.count + 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as they are made."""
+        return self._making.size(self._size)
+
+
 class Animation:
     """An animation that is being made; a context manager that forgets it at its end unless it was finished.
 
@@ -31,7 +89,9 @@ class Animation:
     disk too, as the format encodes them.
     """
 
-    def __init__(self, path: Path, timing: Timing, text: str, background: Background) -> None:
+    def __init__(
+        self, path: Path, timing: Timing, text: str, background: Background, making: Making = AS_IT_IS
+    ) -> None:
         """Begins the animation that the ending of ``path`` names.
 
         Arguments:
@@ -39,20 +99,19 @@ class Animation:
             timing: Times of all frames that may come, and their order.
             text: The generation parameters.
             background: Where frames are encoded.
+            making: Their size and quality.
 
         Raises:
             ValueError: if the format cannot be had or cannot hold it. OSError: if its folder cannot be written.
         """
-        check_format(path.suffix.lower())
-        self._path, self._timing, self._text, self._background = path, timing, text, background
-        self._format = FORMATS[path.suffix.lower()]
-        _check_longest(path, timing, self._format)
-        self._size = (0, 0)  # until the first frame comes
+        self._format = format_of(path, timing)
+        self._path, self._timing, self._text, self._background, self._making = path, timing, text, background, making
+        self._quality = self._format.best if making.quality is None else making.quality
+        self._come = Arrivals(self._format, timing, making)
         self._ticks = Ticks(self._format.ticks_per_second)
         self._container: Container | None = None
         self._pending = b""
         self._places: list[tuple[int, int]] = []
-        self._count = 0
         self._writing, self._closed = Lock(), False
         with ExitStack() as files:
             self._part = files.enter_context(whole(path))
@@ -75,34 +134,33 @@ class Animation:
             ValueError: if its size is not the first one's or too large, or no time is left for it.
             OSError: if what came before it cannot be written.
         """
-        self._check(frame)
-        self._size = frame.size
-        self._count += 1
-        self._background.submit(3 * frame.width * frame.height, self._take, self._format.encode, frame)
+        self._come.take(frame)
+        self._background.submit(3 * frame.width * frame.height, self._take, self._encode, frame)
 
-    def finish(self) -> None:
-        """Writes what is left and closes the file.
+    def _encode(self, frame: Image.Image) -> bytes:
+        return self._format.encode(self._making.smaller(frame), self._quality)
+
+    def finish(self, most: float = math.inf) -> int:
+        """Writes what is left and closes the file; one of more than ``most`` bytes is forgotten on exit.
+
+        Returns:
+            Its bytes.
 
         Raises:
             ValueError: if no frame has come. OSError: if it cannot be written.
         """
-        shown = self._timing.shown(self._count)
+        shown = self._timing.shown(self._come.count)
         self._background.finish()
         with naming(self._path):
-            for frame, seconds in shown if self._timing.reverse else shown[self._count - 1 :]:
+            for frame, seconds in shown if self._timing.reverse else shown[self._come.count - 1 :]:
                 self._show(self._read(frame), seconds)
             container = self._opened()
             container.finish()
             container.close()
-        self._files.close()
-
-    def _check(self, frame: Image.Image) -> None:
-        if self._count == len(self._timing.durations):
-            raise ValueError(f"more frames than the {self._count} durations")
-        if self._count and frame.size != self._size:
-            raise ValueError(f"frame {self._count} is {frame.size}, the first was {self._size}")
-        if max(frame.size) > self._format.side:
-            raise ValueError(f"frame size {frame.size} is above the format's {self._format.side}")
+            size = self._part.stat().st_size
+        if size <= most:
+            self._files.close()
+        return size
 
     def _take(self, blob: bytes) -> None:
         """Writes the frame before, in the background: that it is not the last, which may be held, is only known now."""
@@ -124,7 +182,8 @@ class Animation:
     def _opened(self) -> Container:
         if self._container is None:
             timing = self._timing
-            self._container = self._format(self._part, self._size, self._text, timing.plays, timing.mean())
+            about = (self._text, timing.plays, timing.mean(), self._quality)
+            self._container = self._format(self._part, self._come.size, *about)
             self._container.begin()
         return self._container
 
@@ -144,12 +203,6 @@ class Animation:
                     self._container.close()
 
 
-def _check_longest(path: Path, timing: Timing, form: type[Container]) -> None:
-    longest = form.ticks / form.ticks_per_second
-    if timing.longest() > longest:
-        raise ValueError(f"{path}: a frame is shown {timing.longest():g} s, above the format's {longest:g} s")
-
-
 def check_format(ending: str) -> None:
     """Refuses a format that cannot be written here.
 
@@ -160,6 +213,20 @@ def check_format(ending: str) -> None:
         raise ValueError("this Pillow was built without WebP")
     if ending == ".mp4":
         video.load()
+
+
+def format_of(path: Path, timing: Timing) -> type[Container]:
+    """The format that a path's ending names.
+
+    Raises:
+        ValueError: if it cannot be written here, or cannot hold such times.
+    """
+    check_format(path.suffix.lower())
+    form = FORMATS[path.suffix.lower()]
+    longest = form.ticks / form.ticks_per_second
+    if timing.longest() > longest:
+        raise ValueError(f"{path}: a frame is shown {timing.longest():g} s, above the format's {longest:g} s")
+    return form
 
 
 def write(path: Path, frames: Iterable[Image.Image], timing: Timing, text: str = "") -> None:

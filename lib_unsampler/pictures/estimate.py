@@ -36,6 +36,7 @@ class Estimate:
         bytes: Of one animation; 0 without one.
         calls: Of the model, of the whole request.
         megapixels: Of all frames together.
+        limited: Whether the animation will be brought down to so many bytes.
     """
 
     frames: int
@@ -43,12 +44,14 @@ class Estimate:
     bytes: int
     calls: int
     megapixels: float
+    limited: bool = False
 
     def said(self, form: str) -> list[str]:
         """In words; ``form`` is the animation's format."""
         words = [f"{self.frames} frame{'' if self.frames == 1 else 's'}"] if self.frames else []
         if self.bytes:
-            words += [f"{self.seconds:.3g} s", f"about {size(self.bytes)} {form.upper()}"]
+            about = "at most" if self.limited else "about"
+            words += [f"{self.seconds:.3g} s", f"{about} {size(self.bytes)} {form.upper()}"]
         calls = "no model calls" if not self.calls else f"about {self.calls} model calls"
         return [*words, calls]
 
@@ -100,15 +103,18 @@ def estimate(
     wanted = set(settings.output)
     shown = [0.0] * settings.include_clean + list(sigmas) if wanted & {"frames", "animation", "contact sheet"} else []
     megapixels = len(shown) * width * height * images / 1e6
-    seconds, data = 0.0, 0
+    seconds, data, limited = 0.0, 0, False
     if "animation" in wanted and shown:
         durations = TIMINGS[settings.timing](shown, settings.duration)
         holds = settings.hold_first, settings.hold_last
         order = Timing(durations, *holds, settings.reverse, settings.ping_pong).shown(len(shown))
         seconds = sum(time for _, time in order)
-        data = round(sum(_bytes(settings, shown[frame]) for frame, _ in order) * width * height)
+        pixels = (width * height) * min(1.0, (settings.animation_side or math.inf) / max(width, height)) ** 2
+        data = round(sum(_bytes(settings, shown[frame]) for frame, _ in order) * pixels)
+        most = round(settings.max_megabytes * 1e6) or data
+        data, limited = min(data, most), data > most
     calls = images * (_driven(settings, visited, calls_a_step, multistep) + sampled * calls_a_step)
-    return Estimate(len(shown), seconds, data, calls, megapixels)
+    return Estimate(len(shown), seconds, data, calls, megapixels, limited)
 
 
 def _bytes(settings: Settings, sigma: float) -> float:

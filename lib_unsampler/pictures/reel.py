@@ -5,6 +5,7 @@ The command line and the WebUI share it: nothing is held but thumbnails and what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,12 +14,18 @@ from PIL import Image
 
 from ..settings import Settings
 from . import render
-from .animation import Animation
+from .animation import Animation, Making
 from .background import Background
-from .timing import TIMINGS, Timing
+from .fitting import MEGABYTE, Fit, Fitted
+from .timing import TIMINGS, Timing, evenly
 
 NAMED_SIDE = 96
 """Pixels from which on the three pictures of a panel are named unasked."""
+
+
+def making(settings: Settings) -> Making:
+    """The size of an animation's frames before any limit of its bytes, as the settings say."""
+    return Making(settings.animation_side or None)
 
 
 def timing(settings: Settings, sigmas: Sequence[float]) -> Timing:
@@ -29,7 +36,11 @@ def timing(settings: Settings, sigmas: Sequence[float]) -> Timing:
 
 
 class Reel:
-    """Takes frames one by one; what was begun is forgotten on exit unless it was finished."""
+    """Takes frames one by one; what was begun is forgotten on exit unless it was finished.
+
+    Attributes:
+        fit: What became of an animation of limited size, when finished.
+    """
 
     def __init__(
         self,
@@ -56,10 +67,15 @@ class Reel:
         """
         self._settings, self._sigmas, self._sheet = settings, sigmas, sheet
         self._files = ExitStack()
-        self._animation = None
+        self._animation: Animation | Fitted | None = None
+        self.fit: Fit | None = None
         if moving is not None:
-            made = Animation(moving, timing(settings, sigmas), text, background)
-            self._animation = self._files.enter_context(made)
+            about = (moving, timing(settings, sigmas), text, background, making(settings))
+            if settings.max_megabytes:
+                most = math.floor(settings.max_megabytes * MEGABYTE)
+                self._animation = self._files.enter_context(Fitted(*about, most))
+            else:
+                self._animation = self._files.enter_context(Animation(*about))
         self._count = 0
         self._small: list[tuple[Image.Image, str]] = []
 
@@ -102,10 +118,6 @@ class Reel:
     def finish(self) -> Image.Image | None:
         """Writes the animation; returns the contact sheet, if one is wanted."""
         if self._animation is not None:
-            self._animation.finish()
+            made = self._animation.finish()
+            self.fit = made if isinstance(made, Fit) else None
         return render.contact_sheet(*zip(*self._small)) if self._small else None
-
-
-def evenly(number: int, total: int, most: int) -> bool:
-    """Whether ``number`` of ``total`` is one of the ``most`` that are spread evenly over them, the last included."""
-    return total <= most or (number + 1) * most // total > number * most // total

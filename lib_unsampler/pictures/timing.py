@@ -85,6 +85,11 @@ def log_sigma(sigmas: Sequence[float], duration: float) -> list[float]:
     return [next(times) if s > 0 else duration for s in sigmas]
 
 
+def evenly(number: int, total: int, most: int) -> bool:
+    """Whether ``number`` of ``total`` is one of the ``most`` that are spread evenly over them, the last included."""
+    return total <= most or (number + 1) * most // total > number * most // total
+
+
 TIMINGS = {"even": even, "log sigma": log_sigma}
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from .background import cores
 
-OPTIONS = {"crf": "18", "bf": "0", "rc-lookahead": "10"}
-"""Of libx264: good quality, no B-frames, few frames held (40 by default)."""
+OPTIONS = {"bf": "0", "rc-lookahead": "10"}
+"""Of libx264: no B-frames, few frames held (40 by default)."""
 
 BT709, LIMITED = 1, 1
 """ITU-T H.273's number for the primaries, the transfer and the matrix, and libav's for black at 16 and white at 235."""
@@ -46,9 +46,10 @@ class Mp4:
     """A :class:`.containers.Container` that stores pixels until they are added, since video frames are one chain."""
 
     side, ticks_per_second, ticks = 16384, 1000, 2**31 - 1
+    best, worst, base, overhead = 18, 40, 1600, 40  # x264's constant rate factor: six more halve the bytes
 
-    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int, mean: float) -> None:
-        self._av, self._size, self._text, self._mean = load(), size, text, mean
+    def __init__(self, path: Path, size: tuple[int, int], text: str, plays: int, mean: float, quality: int) -> None:
+        self._av, self._size, self._text, self._mean, self._quality = load(), size, text, mean, quality
         self._start, self._ticks = 0, dict[int, int]()
         self._file = self._av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
 
@@ -56,7 +57,8 @@ class Mp4:
         if self._text:
             self._file.metadata["comment"] = self._text
         rate = Fraction(1 / self._mean).limit_denominator(1000)  # x264 takes the level from it, not from the times
-        self._stream = self._file.add_stream("libx264", rate=rate, options=OPTIONS)
+        options = {"crf": str(self._quality), **OPTIONS}
+        self._stream = self._file.add_stream("libx264", rate=rate, options=options)
         self._stream.width, self._stream.height = (side + side % 2 for side in self._size)
         self._stream.pix_fmt = "yuv420p"
         context = self._stream.codec_context
@@ -66,7 +68,7 @@ class Mp4:
         context.color_range = LIMITED
 
     @staticmethod
-    def encode(frame: Image.Image) -> bytes:
+    def encode(frame: Image.Image, quality: int) -> bytes:
         """The frame's pixels."""
         return frame.tobytes()
 

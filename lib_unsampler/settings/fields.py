@@ -474,6 +474,28 @@ class Settings:
         outputs=RESAMPLED,
     )
 
+    animation_side: int = option(
+        0,
+        "Longest side",
+        "Longest side of the animation's frames in pixels; larger ones are brought down to it (Lanczos). The frames "
+        "themselves keep their size.",
+        word="as the frames",
+        minimum=0,
+        maximum=16384,
+        outputs=MOVING,
+    )
+    max_megabytes: float = option(
+        0.0,
+        "Most megabytes",
+        "The animation's file is never larger than so many million bytes: the quality goes first (WebP and MP4), then "
+        "the side, down to 128 pixels; never a frame or its time. What was chosen is said; what cannot be small enough "
+        "is said and not made.",
+        word="off",
+        minimum=0.0,
+        maximum=10000.0,
+        outputs=MOVING,
+    )
+
     @property
     def maps(self) -> bool:
         """Whether the inpaint mask is a map of strengths that guides (WebUI)."""

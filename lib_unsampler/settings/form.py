@@ -21,7 +21,12 @@ FOLDED = (
     ("Frames", (("view",), ("include_clean", "captions", "panel", "normalize"))),
     (
         "Animation",
-        (("format", "timing"), ("duration", "hold_first", "hold_last", "loop"), ("reverse", "ping_pong")),
+        (
+            ("format", "timing"),
+            ("duration", "hold_first", "hold_last", "loop"),
+            ("animation_side", "max_megabytes"),
+            ("reverse", "ping_pong"),
+        ),
     ),
     ("Guide", (("guide_weight", "guide_strength", "guide_alpha"), ("guide_from", "guide_until"))),
     ("Film and end", (("film", "film_view"), ("end_at_sigma",))),
@@ -37,6 +42,8 @@ SLIDERS: dict[str, tuple[float, float | str, float]] = {
     "hold_first": (0, 5, 0.1),
     "hold_last": (0, 5, 0.1),
     "loop": (0, 20, 1),
+    "animation_side": (0, 2048, 64),
+    "max_megabytes": (0, 50, 0.5),
     "cfg": (0, 30, 0.5),
     "guide_strength": (0, 1, 0.01),
     "guide_alpha": (0, 10, 0.1),

@@ -20,7 +20,7 @@ from . import folders
 from .folders import TARGETS, Paths, Place, flag
 from .stopping import Stopped, Stops, say_stopped, streams
 
-SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format"}
+SHOWN_AS_SAVED = {"view", "include_clean", "captions", "format", "animation_side", "max_megabytes"}
 SHOWN_AS_SAVED |= {"reverse", "ping_pong", "duration", "timing", "hold_first", "hold_last", "loop"}
 RESUMABLE = {"sampler", "skip", "cfg", "positive", "negative", "resample_cfg", "resample_positive", "resample_negative"}
 RESUMABLE |= {"guide", "guide_strength", "guide_alpha", "guide_from", "guide_until", "film", "film_view"}
@@ -47,7 +47,10 @@ GROUPS = {
         *("mode", "model"),
     ),
     "what a frame shows": ("include_clean", "view", "captions", "panel", "film", "film_view"),
-    "the animation": (*("format", "duration", "timing", "hold_first", "hold_last", "reverse", "ping_pong", "loop"),),
+    "the animation": (
+        *("format", "duration", "timing", "hold_first", "hold_last", "reverse", "ping_pong", "loop"),
+        *("animation_side", "max_megabytes"),
+    ),
     "the model, where it drives (modes invert and replay)": (
         *("sampler", "cfg", "positive", "negative", "skip", "solver", "tolerance", "max_calls"),
     ),
@@ -443,7 +446,8 @@ def _resume(job: Job, path: Path, paths: Paths, stops: Stops) -> int:
     for line in [*said, *job.without_effect(settings, given, False)]:
         note(line)
     stops.writing = True
-    running.resume(saved, settings, targets, "sampler" in job.values, hold=stops.held)
+    for line in running.resume(saved, settings, targets, "sampler" in job.values, hold=stops.held):
+        note(line)
     _report(paths)
     return 0
 

@@ -25,8 +25,9 @@ from ..core.trajectory import Trajectory
 from ..pictures import animation, render, roundtrip
 from ..pictures.background import Background
 from ..pictures.film import Film
+from ..pictures.fitting import Fit
 from ..pictures.progression import Frame, Scene, Visit, frames, stills
-from ..pictures.reel import Reel, timing
+from ..pictures.reel import Reel, making, timing
 from ..settings import Settings, surface_fields
 from . import memory, sampling
 from .embedded import Denoiser, make_model
@@ -243,7 +244,7 @@ def check_animation(target: str, path: Path | None, settings: Settings, sigmas: 
     if path is None:
         return
     animation.check_format(path.suffix.lower())
-    form, (height, width) = animation.FORMATS[path.suffix.lower()], size
+    form, (width, height) = animation.FORMATS[path.suffix.lower()], making(settings).size((size[1], size[0]))
     longest = timing(settings, sigmas).longest()
     if longest > form.ticks / form.ticks_per_second:
         most = form.ticks / form.ticks_per_second
@@ -303,10 +304,11 @@ def unsample_picture(
         level = {reached.index: reached.z for reached in walked_back.levels}.__getitem__
     back = Back(scene, settings, resampler(settings), level, recording, 0, hold)
     with Kept(targets.latents) if targets.latents else nullcontext() as kept:
-        _write(walked, scene, told, plan, back, settings, targets, bars, kept)
+        fits = _write(walked, scene, told, plan, back, settings, targets, bars, kept)
         if kept is not None and targets.latents is not None:
             _keep(kept, scene, plan, settings, targets.latents, recording)
-    return [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
+    said = [] if walked_back is None else _told(walked_back, model, scene, plan, settings, targets)
+    return [*said, *_fitted(fits)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,8 +398,8 @@ def resume(
     chosen: bool = False,
     bars: Bars = terminal,
     hold: Hold = unstopped,
-) -> None:
-    """Goes on from a saved trajectory: sampled back, and shown again, as wanted.
+) -> list[str]:
+    """Goes on from a saved trajectory: sampled back, and shown again, as wanted; returns what there is to say of it.
 
     Arguments:
         chosen: Whether the sampler is a new choice, not the trajectory's.
@@ -415,7 +417,21 @@ def resume(
     sampler = settings.sampler if chosen else resampler(settings)
     back = Back(scene, settings, sampler, level, saved.replay, skip, hold)
     plan = Levels(saved.schedule, tuple(range(noisy(saved.schedule) - 1, saved.start - 1, -1)), tuple(indices))
-    _write(zip(indices, saved.z), scene, told, plan, back, settings, targets, bars, handoff=saved.latent)
+    levels = zip(indices, saved.z)
+    return _fitted(_write(levels, scene, told, plan, back, settings, targets, bars, handoff=saved.latent))
+
+
+def _fitted(fits: Iterable[Fit | None]) -> list[str]:
+    """What was chosen for animations of limited size.
+
+    Raises:
+        ValueError: for one that could not be small enough, when all else is made.
+    """
+    every = [fit for fit in fits if fit is not None]
+    for fit in every:
+        if not fit.kept:
+            raise ValueError(fit.said())
+    return [fit.said() for fit in every]
 
 
 def stored_settings(saved: Trajectory, called: str) -> dict[str, Any]:
@@ -482,8 +498,10 @@ def _write(
     bars: Bars,
     kept: Kept | None = None,
     handoff: Tensor | None = None,
-) -> None:
+) -> list[Fit | None]:
     """Runs the levels through every writer that is wanted, and samples them back; a stopped film keeps what it has.
+
+    Returns what became of the animations of limited size.
 
     Arguments:
         handoff: Where sampling begins; None is the noisiest z.
@@ -534,6 +552,7 @@ def _write(
         animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
     if targets.resample and not told.film:
         animation.write_png(targets.resample, back(plan.kept[-1], last, bars), text)
+    return [reel.fit, None if sweep is None else sweep.fit]
 
 
 class _EndedError(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +13,10 @@ from torch import Tensor
 from ..core.guidance import GuidanceError, Weight, first_calls, mix, sample_guided
 from ..core.noising import SeededDraws
 from ..settings import STOCHASTIC
+from . import kdiffusion
 from .embedded import Denoiser
 
-with warnings.catch_warnings():
-    # k-diffusion pulls in clip, which warns about pkg_resources; no user can do anything about it.
-    warnings.filterwarnings("ignore", message="pkg_resources is deprecated")
-    from k_diffusion import sampling as kd
+kd = kdiffusion.sampling()
 
 SIGMA_RANGE = {"eps": (0.0291675, 14.614642), "flow": (0.03, 1.0)}
 """Lowest and highest sigma of the embedded models: SD 1's for sigma space, and up to pure noise on flow."""

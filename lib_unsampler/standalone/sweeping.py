@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..pictures.background import Background
+from ..pictures.fitting import Fit
 from ..pictures.reel import Reel
 from ..settings import Settings
 from .stills import Stills
@@ -60,6 +61,11 @@ class Sweep:
         if self._stills is not None:
             self._stills.add(picture, self._sigmas[self._count])
         self._count += 1
+
+    @property
+    def fit(self) -> Fit | None:
+        """What became of an animation of limited size, when finished."""
+        return self._reel.fit
 
     def finish(self) -> None:
         """Writes the animation."""

@@ -22,8 +22,9 @@ from ..core.trajectory import Trajectory
 from ..pictures import render, roundtrip
 from ..pictures.background import Background
 from ..pictures.progression import Frame
-from ..pictures.reel import Reel, evenly
+from ..pictures.reel import Reel
 from ..pictures.roundtrip import RoundTrip
+from ..pictures.timing import evenly
 from ..settings import Settings
 from .driven import Plan
 from .host.codec import latent_scale
@@ -147,7 +148,8 @@ class Filing:
         for image, reel in enumerate(self._reels):
             sheet = reel.finish() if self.count else None
             if self._moving and self.count:
-                self._naming.animation(self._moving[image], self._last[image], image, self._settings.format, save)
+                about = (self._last[image], image, self._settings.format, save)
+                self._naming.animation(self._moving[image], *about, fit=reel.fit)
             if sheet is not None:
                 self._naming.picture("contact sheet", sheet, image, "-unsampling-sheet", save)
         if "sigma curve" in self._wanted and not self._reply.items["sigma curve"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..pictures.fitting import Fit
 from ..pictures.png import Prepared
 from ..settings import INFOTEXT_PREFIX
 from .host.page import preferences
@@ -88,17 +89,32 @@ class Naming:
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
     def animation(
-        self, file: Path, poster: Image.Image, image: int, form: str, save: bool, kind: str = "animation"
+        self,
+        file: Path,
+        poster: Image.Image,
+        image: int,
+        form: str,
+        save: bool,
+        kind: str = "animation",
+        fit: Fit | None = None,
     ) -> None:
-        """A finished animation in a temporary file; ``poster`` is its last frame, ``form`` its format."""
+        """A finished animation in a temporary file; ``poster`` is its last frame, ``form`` its format.
+
+        ``fit`` is what became of one of limited size; one that could not be small enough is only spoken of.
+        """
         text = self.texts[image]
+        note: dict[str, Any] = {"kind": kind, "image": self._number(image), "format": form}
+        if fit is not None:
+            comment(self._p, f"{kind} of image {note['image']}: {fit.said()}")
+            if not fit.kept:
+                return
+            note |= fit.told()
         if save:
             file = save_file(self._p, file, poster, image, text, SUFFIXES[kind], preferences().animation_folder)
             self._reply.files.append(file)
             self._reply.animations.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
-        note = {"kind": kind, "image": self._number(image), "format": form}
         self._put(kind, Item(moving_item(self._p, file, save, poster, text), text, note))
 
     def latents(self, file: Path, named: Image.Image) -> str:

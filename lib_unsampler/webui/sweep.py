@@ -103,7 +103,8 @@ class Sweep:
             last = list(finals) or pictures
             for image, (reel, file) in enumerate(zip(reels, files)):
                 reel.finish()
-                naming.animation(file, last[image], image, self._settings.format, save, "sweep animation")
+                about = (last[image], image, self._settings.format, save)
+                naming.animation(file, *about, "sweep animation", reel.fit)
         progress.done()
 
     def _take(self, reel: Reel, picture: Image.Image, index: int) -> None:

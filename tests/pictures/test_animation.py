@@ -369,7 +369,7 @@ def test_a_frame_that_is_written_may_be_saved_by_others_meanwhile(ending: str, m
         save(picture, *args, **options)
 
     monkeypatch.setattr(Image.Image, "save", watched)
-    animation.FORMATS[ending].encode(frame)
+    animation.FORMATS[ending].encode(frame, 80)
     assert not any(one is frame for one in saved)
 
 

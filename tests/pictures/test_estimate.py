@@ -51,6 +51,18 @@ def test_frames_and_seconds_are_the_reel_s() -> None:
     assert estimate(Settings(output=("latents",)), sigmas, 4, 0, 64, 64) == Estimate(0, 0.0, 0, 0, 0.0)
 
 
+def test_side_and_limit_are_taken_into_account() -> None:
+    sigmas = [0.1, 0.5, 2.0, 9.0]
+    whole = estimate(Settings(), sigmas, 4, 0, 1024, 512)
+    smaller = estimate(Settings(animation_side=512), sigmas, 4, 0, 1024, 512)
+    assert smaller.bytes == pytest.approx(whole.bytes / 4, abs=1) and smaller.megapixels == whole.megapixels
+    assert estimate(Settings(animation_side=2000), sigmas, 4, 0, 1024, 512) == whole
+    limited = estimate(Settings(max_megabytes=0.5), sigmas, 4, 0, 1024, 512)
+    assert limited.bytes == 500_000 and "at most 500 kB GIF" in limited.said("gif")
+    roomy = estimate(Settings(max_megabytes=500), sigmas, 4, 0, 1024, 512)
+    assert roomy == whole and f"about {size(whole.bytes)} GIF" in roomy.said("gif")
+
+
 def test_model_calls() -> None:
     sigmas = [float(i) for i in range(1, 11)]
 

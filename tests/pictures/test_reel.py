@@ -12,7 +12,8 @@ from PIL import Image
 
 from lib_unsampler.pictures import render
 from lib_unsampler.pictures.background import Background
-from lib_unsampler.pictures.reel import Reel, evenly, timing
+from lib_unsampler.pictures.reel import Reel, timing
+from lib_unsampler.pictures.timing import evenly
 from lib_unsampler.settings import Settings, parse
 
 SIGMAS = [0.0, 0.1, 0.2, 0.4, 12.8]

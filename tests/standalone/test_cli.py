@@ -174,6 +174,31 @@ def test_sheet_and_curve_are_written(picture: Path, tmp_path: Path) -> None:
     assert pixels(tmp_path / "s.png").unique(dim=0).shape[0] > 24 and pixels(tmp_path / "deep" / "c.PNG").ndim == 3
 
 
+def test_a_limit_is_kept_and_said(picture: Path, tmp_path: Path, capsys: Capture) -> None:
+    film, sweep, saved = tmp_path / "a.webp", tmp_path / "s.webp", tmp_path / "t.safetensors"
+    run(picture, "-o", film, "--sweep", sweep, "--steps", 6, "--max-megabytes", 0.004, "--latents", saved)
+    said = [line for line in capsys.readouterr().err.splitlines() if "--max-megabytes: " in line]
+    for file, line in zip((film, sweep), said, strict=True):
+        assert file.stat().st_size <= 4000 and f"{file.stat().st_size / 1e6:.3g} MB at 32 x 24, quality" in line
+    run("--resume", saved, "-o", film, "--max-megabytes", 0.004, "--animation-side", 16)
+    assert Image.open(film).size == (16, 12) and film.stat().st_size <= 4000
+
+
+def test_what_cannot_be_small_enough_is_said_when_all_else_is_made(
+    picture: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    film, others = tmp_path / "a.gif", (tmp_path / "s.png", tmp_path / "t.safetensors")
+    with pytest.raises(SystemExit) as caught:
+        main(
+            [
+                str(a)
+                for a in (picture, "-o", film, "--sheet", others[0], "--latents", others[1], "--max-megabytes", 1e-4)
+            ]
+        )
+    assert caught.value.code == 2 and not film.exists() and all(other.exists() for other in others)
+    assert "--max-megabytes: not made, since 0.0001 MB cannot be kept: at 32 x 24" in capsys.readouterr().err
+
+
 def test_without_an_animation_nothing_but_the_named_is_written(picture: Path, tmp_path: Path, capsys: Capture) -> None:
     run(picture, "--sheet", tmp_path / "s.png", *SHORT)
     assert {p.name for p in tmp_path.iterdir()} == {"picture.png", "s.png"}

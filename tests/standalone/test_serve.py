@@ -443,6 +443,7 @@ def test_ctrl_c_ends_it_cleanly(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lib_unsampler", "serve", "--port", "0", "--folder", str(tmp_path / "results")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     kept: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    kept["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     with subprocess.Popen(command, cwd=tmp_path, env=env, **kept) as process:
         said = process.stdout.readline()
         port = int(said.split("/")[2].split(":")[1])

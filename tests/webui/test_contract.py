@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +233,8 @@ def test_replay_through_forge_s_own_flow_steps(monkeypatch: pytest.MonkeyPatch, 
         pytest.skip("FORGE_DIR names no checkout of Forge")
     pytest.importorskip("diffusers", reason="Forge's samplers import diffusers: run this in Forge's environment")
     monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.split(".")[0] == "k_diffusion"]:
+        monkeypatch.delitem(sys.modules, name)
     from k_diffusion import sampling as forge
 
     class Model:

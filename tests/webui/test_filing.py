@@ -54,6 +54,32 @@ def test_each_format_is_a_file_on_the_page_and_base64_in_the_api(host: SimpleNam
         assert Image.open(io.BytesIO(data)).n_frames == 16
 
 
+@pytest.mark.parametrize("output", ["animation", "strength sweep"])
+def test_an_animation_under_a_limit_says_what_was_chosen(host: SimpleNamespace, output: str) -> None:
+    settings = {"output": [output], "format": "webp", "max_megabytes": 0.008, "steps": 0}
+    p, processed = host.run(settings, batch_size=2)
+    films = [note for note in notes(processed) if "animation" in note["kind"]]
+    files = sorted(host.out.glob("*.webp"))
+    assert len(films) == len(files) == 2 and processed.extra_generation_params["Unsampler max megabytes"] == "0.008"
+    for number, (note, file) in enumerate(zip(films, files)):
+        assert note["bytes"] == file.stat().st_size <= 8000 and (note["width"], note["height"]) == (64, 64)
+        said = f"image {number}: max_megabytes: {note['bytes'] / 1e6:.3g} MB at 64 x 64, quality {note['quality']}"
+        assert any(said in comment for comment in p.comments)
+
+
+def test_an_animation_that_cannot_be_small_enough_leaves_the_rest(host: SimpleNamespace) -> None:
+    p, processed = host.run({"output": ["animation", "frames"], "max_megabytes": 0.001})
+    assert set(kinds(processed)) == {"frame"} and len(processed.images) == 9
+    assert not list(host.out.glob("*.gif"))
+    assert any("max_megabytes: not made, since 0.001 MB cannot be kept: at 64 x 64" in c for c in p.comments)
+
+
+def test_the_side_is_the_animation_s_alone(host: SimpleNamespace) -> None:
+    _, processed = host.run({"output": ["animation", "frames"], "animation_side": 32}, is_api=True)
+    assert Image.open(io.BytesIO(base64.b64decode(processed.images[0]))).size == (32, 32)
+    assert processed.images[1].size == (64, 64)
+
+
 def test_the_api_leaves_no_temporary_files(host: SimpleNamespace) -> None:
     host.run({"output": ["animation", "frames", "latents"]}, is_api=True, batch_size=2)
     folder = Path(host.shared.opts.temp_dir)

@@ -147,7 +147,7 @@ class Work:
                 source = picture(request.get("picture"), asked.size, said.append)
                 said += running.unsample_picture(source, asked.settings, targets, None, bars)
             else:
-                running.resume(asked.saved, asked.settings, targets, True, bars)
+                said += running.resume(asked.saved, asked.settings, targets, True, bars)
             return {**self._result(asked, targets), "said": said}
 
     @contextmanager
