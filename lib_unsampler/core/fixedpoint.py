@@ -6,6 +6,7 @@ their device, which is looked at once for each F; the algebra of their products 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,13 @@ PROGRESS, PATIENCE = 0.8, 6
 """Evaluations without a residual below PROGRESS of the best after which a level is left as it is; halfway
 there the solver begins again from the best."""
 
+NOTHING = 1e-200 * np.eye(MEMORY)
+"""What is added to products of pairs: with it one that is not known, of zeros, takes no part."""
+
 SAMPLED, RUN = 2**13, 64
 """About how many values of large latents products are taken of, in runs of how many."""
 
-Evaluate = Callable[[Tensor, NDArray[Any]], tuple[Tensor, Tensor, int]]
+Evaluate = Callable[[Tensor, "list[int]"], tuple[Tensor, Tensor, int]]
 """``(x, images) -> (F(x), D(x), model calls)``, x holding the batch's images of these numbers."""
 
 
@@ -66,23 +70,54 @@ class Sample:
         return whole[..., :: self._every, :].flatten(-2)
 
 
-class Best:
-    """The nearest that each image has come: x, F(x), D(x) and the residual."""
+Evaluated = tuple[Tensor, Tensor, Tensor]
+"""x, F(x) and D(x) of some images."""
 
-    def __init__(self, guess: Tensor) -> None:
-        self.x, self.force, self.denoised = list(guess), list(guess), list(guess)
-        self.residual = np.full(len(guess), np.inf)
 
-    def keep(self, images: NDArray[Any], rows: NDArray[Any], residual: NDArray[Any], *of: Tensor) -> None:
-        """``of``: x, F and D, whose ``rows`` are those of the images."""
-        self.residual[images] = residual
-        for image, row in zip(images, rows):
-            self.x[image], self.force[image], self.denoised[image] = (tensor[row] for tensor in of)
+@dataclass
+class Nearest:
+    """The nearest that an image has come at a level, and how fast: plain numbers, which a CPU is quickest with.
 
-    def solved(self, calls: NDArray[Any]) -> Solved:
-        """All images."""
-        x, denoised = (torch.stack(all_) if len(all_) > 1 else all_[0][None] for all_ in (self.x, self.denoised))
-        return Solved(x, denoised, torch.from_numpy(self.residual), torch.from_numpy(calls))
+    Attributes:
+        held: What holds its x, F and D, and its row there.
+        residual: Of that x; as it is expected to be, where no call has checked it.
+        last: The residual of the evaluation before.
+        rate: The worst rate of convergence seen.
+        stale: Evaluations since the residual last fell below PROGRESS of the best.
+        calls: Model calls so far.
+    """
+
+    held: tuple[Evaluated, int]
+    residual: float = math.inf
+    last: float = math.inf
+    rate: float = LEAST_RATE
+    stale: int = 0
+    calls: int = 0
+
+    def seen(self, residual: float, held: tuple[Evaluated, int], calls: int) -> float:
+        """Takes in an evaluation; returns the residual that is expected of the x that follows, with caution."""
+        self.calls = calls
+        self.stale = 0 if residual < PROGRESS * self.residual else self.stale + 1
+        self.rate = max(self.rate, residual / self.last)
+        expected = math.inf if self.last == math.inf else residual * CAUTION * self.rate
+        if residual < self.residual:
+            self.residual, self.held = residual, held
+        self.last = residual
+        return expected
+
+    def of(self) -> tuple[Tensor, ...]:
+        """Its own x, F and D."""
+        tensors, row = self.held
+        return tuple(tensor[row] for tensor in tensors)
+
+
+def solved(states: list[Nearest]) -> Solved:
+    """All images of a batch, where they have come to."""
+    x, _, denoised = last = states[0].held[0]
+    if any(state.held[0] is not last or state.held[1] != row for row, state in enumerate(states)):
+        x, _, denoised = (torch.stack(each) for each in zip(*(state.of() for state in states)))
+    residuals = torch.tensor([state.residual for state in states], dtype=torch.float64)
+    return Solved(x, denoised, residuals, torch.tensor([state.calls for state in states], dtype=torch.int32))
 
 
 class Solver:
@@ -95,66 +130,77 @@ class Solver:
 
     def __init__(self, source: Tensor, tolerance: float, max_calls: int) -> None:
         """``source`` has the batch's shape, precision and device."""
-        self.tolerance = tolerance
         self.max_calls = max_calls
-        size = len(source)
-        self._pairs = source.new_zeros(size, 2 * MEMORY, source[0].numel())  # dx and dF in turn
-        self._sample = Sample(source[0].numel())
-        self._sampled = source.new_zeros(size, 2 * MEMORY, self._sample.size)
-        self._products = np.zeros((size, 2 * MEMORY, 2 * MEMORY))
+        size, values = source.flatten(1).shape
+        self._pairs = source.new_zeros(size, MEMORY, 2, values)  # dx and dF
+        self._sample = Sample(values)
+        self._sampled = source.new_zeros(size, 2 * MEMORY + 1, self._sample.size)  # of all dx, dF in turn, and of F
+        self._products = np.zeros((size, 2 * MEMORY + 1, 2 * MEMORY + 1))  # among them
+        self._makes = np.zeros((size, MEMORY, 2 * MEMORY + 1))  # what pairs change in F at this level, from those
         self._parts = np.ones((size, MEMORY))  # c of the level that a pair was learnt at
         self._turn = np.ones((size, MEMORY))  # by what J has grown since along dx
         self._known = np.zeros((size, MEMORY), bool)
-        self._count = np.zeros(size, int)  # pairs ever kept, of each image
-        self._floor = np.zeros(size)  # the residual below which the model only gives noise
+        self._count = [0] * size  # pairs ever kept, of each image
+        self._enough = [tolerance] * size  # the residual to reach: twice that below which the model only gives noise
         self._sigma = 0.0
-        self._ridge = max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
+        self._ridge = 1 + max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
 
-    def solve(self, evaluate: Evaluate, guess: Tensor, sigmas: Tensor, scale: float) -> Solved:
-        """Each image's x, D(x), residual, and the model calls it took."""
-        above, below = sigmas.tolist()
-        self._turn_to(above)
-        part, reach = 1 - below / above, IMPLAUSIBLE * above if below == 0 else np.inf
-        enough, size = np.maximum(2 * self._floor, self.tolerance), len(guess)
-        best, calls = Best(guess), np.zeros(size, np.int32)
-        stale, rates = np.zeros(size, int), np.full(size, LEAST_RATE)
-        images, x = np.arange(size), guess
-        before: tuple[Tensor, Tensor, NDArray[Any]] | None = None
-        while len(images):
+    def solve(self, evaluate: Evaluate, guess: Tensor, above: float, below: float, scale: float) -> Solved:
+        """Each image's x at one level, D(x), residual, and the model calls it took.
+
+        Arguments:
+            evaluate: F.
+            guess: The x to begin with.
+            above: The level's sigma.
+            below: The sigma that the step leads to.
+            scale: What residuals are measured by.
+        """
+        part, reach = 1 - below / above, IMPLAUSIBLE * above if below == 0 else math.inf
+        self._turn_to(above, part)
+        states = [Nearest(((guess, guess, guess), row)) for row in range(len(guess))]
+        images, x, spent = list(range(len(guess))), guess, 0
+        before: tuple[Tensor, Tensor] | None = None
+        while images:
             force, denoised, made = evaluate(x, images)
-            calls[images] += made
-            residual, along = self._look(images, x, force, part, before)
-            residual /= scale
-            stale[images] = np.where(residual < PROGRESS * best.residual[images], 0, stale[images] + 1)
-            predicted = np.full(len(images), np.inf)
-            if before is not None:
-                rates[images] = np.maximum(rates[images], residual / before[2])
-                predicted = residual * CAUTION * rates[images]
-            better = np.flatnonzero(residual < best.residual[images])
-            best.keep(images[better], better, residual[better], x, force, denoised)
-            lost = stale[images] == PATIENCE // 2
-            x, force = self._begun_again(images, lost, best, x, force)
-            following = self._following(images, x, force, along, part)
-            following = _within(reach, guess, images, following)
-            done = residual <= enough[images]
-            ahead = ~done & (predicted <= enough[images])
-            rows = np.flatnonzero(ahead)
-            best.keep(images[rows], rows, predicted[rows], following, force, denoised)
-            stuck = ~done & ~ahead & (stale[images] >= PATIENCE)
-            if below > 0:
-                self._floor[images[stuck]] = best.residual[images[stuck]]
-            going = np.flatnonzero(~(done | ahead | stuck | (calls[images] + made > self.max_calls)))
-            before = (some(x, going), some(force, going), residual[going])
-            images, x = images[going], some(following, going)
-        return best.solved(calls)
+            spent += made
+            going: list[int] = []
+            ahead: list[int] = []
+            for row, (image, missed) in enumerate(zip(images, self._look(images, x, force, part, before))):
+                state, residual, enough = states[image], missed / scale, self._enough[image]
+                expected = state.seen(residual, ((x, force, denoised), row), spent)
+                if residual <= enough:
+                    continue
+                if expected <= enough:
+                    state.residual = expected
+                    ahead.append(row)
+                elif state.stale >= PATIENCE:
+                    self._enough[image] = max(enough, 2 * state.residual) if below > 0 else enough
+                elif spent + made <= self.max_calls:
+                    going.append(row)
+            if not (going or ahead):
+                break
+            x, force = self._begun_again(images, states, x, force)
+            following = _within(reach, guess, images, self._following(images, x, force))
+            for row in ahead:
+                states[images[row]].held = (following, force, denoised), row
+            before = some(x, going), some(force, going)
+            images, x = [images[row] for row in going], some(following, going)
+        return solved(states)
 
-    def _turn_to(self, sigma: float) -> None:
-        """Moves what was learnt to a new level."""
+    def _turn_to(self, sigma: float, part: float) -> None:
+        """Moves what was learnt to a new level.
+
+        There a pair's change of F is :math:`y = (1 - c) dx + c t (dF - (1 - c') dx) / c'`, c' the part it was learnt
+        at and t its turn.
+        """
         if self._sigma:
             with np.errstate(divide="ignore", invalid="ignore"):
                 slope = self._slopes()
                 self._turn *= np.where(self._known, turned(slope, self._sigma, sigma), 1.0)
         self._sigma = sigma
+        growth, slots = part * self._turn / self._parts, np.arange(MEMORY)
+        self._makes[:, slots, 2 * slots] = (1 - part - growth * (1 - self._parts)) * self._known
+        self._makes[:, slots, 2 * slots + 1] = growth * self._known
 
     def _slopes(self) -> NDArray[Any]:
         """Each pair's dx . J dx, over dx . dx."""
@@ -163,82 +209,67 @@ class Solver:
         return np.asarray(self._turn * (ratio - (1 - self._parts)) / self._parts)
 
     def _look(
-        self,
-        images: NDArray[Any],
-        x: Tensor,
-        force: Tensor,
-        part: float,
-        before: tuple[Tensor, Tensor, NDArray[Any]] | None,
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Keeps the newest pair, and looks at the RMS of F and at its products with the pairs, with shape (k, 2 M)."""
-        slots = self._count[images] % MEMORY
-        fresh = [self._sample.of(force.flatten(1))[:, None]]
+        self, images: list[int], x: Tensor, force: Tensor, part: float, before: tuple[Tensor, Tensor] | None
+    ) -> list[float]:
+        """Keeps the newest pair, and looks at all products and the RMS of each F, which it returns."""
         if before is not None:
-            for row, (image, slot) in enumerate(zip(images, slots)):
-                for vector, now, old in zip(self._pairs[image, 2 * slot :], (x, force), before[:2]):
-                    torch.sub(now[row], old[row], out=vector.view_as(now[row]))
-                self._sampled[image, 2 * slot : 2 * slot + 2] = self._sample.of(self._pairs[image, 2 * slot :][:2])
-            rows = uploaded(images[:, None], x), uploaded(2 * slots[:, None] + [0, 1], x)
-            fresh.append(self._sampled[rows])
-            self._parts[images, slots], self._turn[images, slots], self._known[images, slots] = part, 1.0, True
-            self._count[images] += 1
-        along = torch.cat(fresh, 1) @ some(self._sampled, images).mT
-        sizes = torch.linalg.vector_norm(force.flatten(1), dim=1)
-        looked: NDArray[Any] = torch.cat([along.flatten(1), sizes[:, None]], 1).cpu().double().numpy()
-        products = looked[:, :-1].reshape(len(images), -1, 2 * MEMORY)
-        if before is not None:
-            at, across = images[:, None], 2 * slots[:, None] + [0, 1]
-            self._products[at, across] = products[:, 1:]
-            self._products[at, :, across] = products[:, 1:]
-        return looked[:, -1] / force[0].numel() ** 0.5, products[:, 0]
+            for rows, batch, slot in self._together(images, [self._count[image] % MEMORY for image in images]):
+                pair, at = self._pairs[batch, slot], slice(2 * slot, 2 * slot + 2)
+                torch.sub(x[rows].flatten(1), before[0][rows].flatten(1), out=pair[:, 0])
+                torch.sub(force[rows].flatten(1), before[1][rows].flatten(1), out=pair[:, 1])
+                self._sampled[batch, at] = self._sample.of(pair)
+                self._parts[batch, slot], self._turn[batch, slot], self._known[batch, slot] = part, 1.0, True
+                self._makes[batch, slot, at] = 0.0, 1.0
+            for image in images:
+                self._count[image] += 1
+        flat, sampled = force.flatten(1), some(self._sampled, images)
+        sampled[:, -1] = self._sample.of(flat)
+        parts = [torch.bmm(sampled, sampled.mT).flatten(1), torch.linalg.vector_norm(flat, dim=1, keepdim=True)]
+        looked = torch.cat(parts, 1).cpu().numpy().astype(float)
+        self._products[images] = looked[:, :-1].reshape(-1, *self._products.shape[1:])
+        missed: list[float] = (looked[:, -1] / flat.shape[1] ** 0.5).tolist()
+        return missed
 
-    def _begun_again(
-        self, images: NDArray[Any], lost: NDArray[Any], best: Best, x: Tensor, force: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The lost images from their best, with nothing learnt."""
-        if not lost.any():
+    def _together(self, images: list[int], slots: list[int]) -> list[tuple[slice, slice, int]]:
+        """Rows, images and their slot: all at once where they are the whole batch at one slot, else one by one."""
+        if len(images) == len(self._count) and len(set(slots)) == 1:
+            return [(slice(None), slice(None), slots[0])]
+        return [(slice(k, k + 1), slice(i, i + 1), slot) for k, (i, slot) in enumerate(zip(images, slots))]
+
+    def _begun_again(self, images: list[int], states: list[Nearest], x: Tensor, force: Tensor) -> tuple[Tensor, Tensor]:
+        """The images that get no nearer from their best, with nothing learnt."""
+        lost = [image for image in images if states[image].stale == PATIENCE // 2]
+        if not lost:
             return x, force
-        self._known[images[lost]] = False
-        kept = [
-            (best.x[i], best.force[i]) if gone else (x[k], force[k]) for k, (i, gone) in enumerate(zip(images, lost))
-        ]
+        self._known[lost], self._makes[lost] = False, 0.0
+        kept = [states[image].of()[:2] if image in lost else (x[k], force[k]) for k, image in enumerate(images)]
         return torch.stack([pair[0] for pair in kept]), torch.stack([pair[1] for pair in kept])
 
-    def _following(self, images: NDArray[Any], x: Tensor, force: Tensor, along: NDArray[Any], part: float) -> Tensor:
+    def _following(self, images: list[int], x: Tensor, force: Tensor) -> Tensor:
         """Anderson's step: by the pairs in what they span, a scaled plain iteration in the rest."""
-        speed, weights = self._weights(images, along, part)
-        numbers = uploaded(-weights, x)
-        made = torch.empty_like(x)
+        numbers = uploaded(self._weights(images), x)
+        made = torch.addcmul(x.flatten(1), force.flatten(1), numbers[:, -1:])
+        for rows, batch, _ in self._together(images, [0] * len(images)):
+            made[rows, None].baddbmm_(numbers[rows, None, :-1], self._pairs[batch].flatten(1, 2))
+        return made.view_as(x)
+
+    def _weights(self, images: list[int]) -> NDArray[Any]:
+        """The numbers that the step adds up all dx and dF in turn by, and F, with shape (k, 2 M + 1)."""
+        makes = self._makes[images]
+        meets = makes @ self._products[images]  # of pairs' changes of F, with all dx, dF and F
+        among = meets @ makes.swapaxes(1, 2)
+        weights = np.linalg.solve(among * self._ridge + NOTHING, meets[:, :, -1:])
+        speeds = [1.0] * len(images)
         for row, image in enumerate(images):
-            torch.sub(x[row], force[row], alpha=float(speed[row]), out=made[row])
-            made[row].flatten().addmv_(self._pairs[image].mT, numbers[row])
-        return made
-
-    def _weights(self, images: NDArray[Any], along: NDArray[Any], part: float) -> tuple[NDArray[Any], NDArray[Any]]:
-        """By what F, with shape (k), and the pairs, (k, 2 M), make up the step.
-
-        At this level a pair's change of F is :math:`(1 - c) dx + c t (dF - (1 - c') dx) / c'`, c' the part it was
-        learnt at and t its turn.
-        """
-        growth = part * self._turn[images] / self._parts[images]
-        known = self._known[images]
-        makes = np.zeros((len(images), MEMORY, 2 * MEMORY))  # a pair's change from all dx and dF
-        slots = np.arange(MEMORY)
-        makes[:, slots, 2 * slots] = (1 - part - growth * (1 - self._parts[images])) * known
-        makes[:, slots, 2 * slots + 1] = growth * known
-        among = makes @ self._products[images] @ makes.swapaxes(1, 2)
-        sizes = np.sqrt(np.maximum(np.einsum("bii->bi", among), 0))
-        inverse = np.divide(1, sizes, out=np.zeros_like(sizes), where=sizes > 0)
-        makes *= inverse[:, :, None]
-        among = among * inverse[:, :, None] * inverse[:, None, :]
-        weights = np.linalg.solve(among + self._ridge, makes @ along[:, :, None])
-        newest = (self._count[images] - 1) % MEMORY
-        rows = np.arange(len(images))
-        speed = np.einsum("bj,bj->b", self._products[images, 2 * newest], makes[rows, newest]) * inverse[rows, newest]
-        speed = np.where(speed > 0, np.clip(speed, 0.1, 2.0), 1.0)
-        step = -speed[:, None] * (weights.swapaxes(1, 2) @ makes)[:, 0]
-        step[:, ::2] += weights[:, :, 0] * inverse
-        return speed, step
+            newest = (self._count[image] - 1) % MEMORY
+            size, along = among[row, newest, newest], meets[row, newest, 2 * newest]
+            if size > 0 and along > 0:
+                speeds[row] = min(max(along / size, 0.1), 2.0)
+        speed = np.array(speeds)[:, None]
+        step = speed * (weights.swapaxes(1, 2) @ makes)[:, 0]
+        step[:, :-1:2] -= weights[:, :, 0]
+        step[:, -1:] = -speed
+        return np.asarray(step)
 
 
 def turned(slope: NDArray[Any], sigma: NDArray[Any] | float, to_sigma: NDArray[Any] | float) -> NDArray[Any]:
@@ -258,14 +289,14 @@ def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:
     return (made.to(like.dtype) if made.is_floating_point() else made).to(like.device, non_blocking=like.is_cuda)
 
 
-def some(x: Tensor, rows: NDArray[Any]) -> Tensor:
+def some(x: Tensor, rows: list[int]) -> Tensor:
     """These rows; x itself if they are all."""
-    return x if len(rows) == len(x) else x[uploaded(rows, x)]
+    return x if len(rows) == x.shape[0] else x[uploaded(np.array(rows, int), x)]
 
 
-def _within(reach: float, centre: Tensor, images: NDArray[Any], x: Tensor) -> Tensor:
+def _within(reach: float, centre: Tensor, images: list[int], x: Tensor) -> Tensor:
     """x, pulled towards the centre where it is further than ``reach`` (RMS) from it."""
-    if reach == np.inf:
+    if reach == math.inf:
         return x
     centre = some(centre, images)
     away = (x - centre).flatten(1).square().mean(1).sqrt()

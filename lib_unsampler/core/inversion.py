@@ -45,7 +45,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .fixedpoint import Evaluate, Solved, Solver, some, uploaded
@@ -286,8 +285,8 @@ class Step:
     def onto(self, y: Tensor) -> Evaluate:
         """F for some images of the batch, with the D and the model calls of its evaluation."""
 
-        def evaluate(x: Tensor, images: NDArray[Any]) -> tuple[Tensor, Tensor, int]:
-            chosen = None if len(images) == len(y) else torch.from_numpy(images)
+        def evaluate(x: Tensor, images: list[int]) -> tuple[Tensor, Tensor, int]:
+            chosen = None if len(images) == len(y) else torch.tensor(images)
             if self._weight is not None:
                 d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
                 return torch.lerp(x, d, self._weight).sub_(some(y, images)), d, 1
@@ -340,6 +339,7 @@ class _Run:
         self._source = x.detach()
         self._levels = levels
         self._schedule = levels.schedule.double()
+        self._sigmas: list[float] = self._schedule.tolist()
         self._function = function
         self._per_step = calls_per_step
         self._prediction = prediction
@@ -347,17 +347,17 @@ class _Run:
         self._chunk = 2**31
 
     def _denoise(self, x: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
-        denoised = self._model(x.to(self._like), sigma.to(self._like), call, images)
+        denoised = self._model(x, sigma, call, images)
         return denoised.detach().to(self._like).contiguous()
 
     def _hand_over(self, index: int, z: Tensor, denoised: Tensor | None, **about: Any) -> None:
         shown = None if denoised is None else denoised.to(self._like)
-        self._visit(Level(index, float(self._schedule[index]), z.to(self._like), shown, **about))
+        self._visit(Level(index, self._sigmas[index], z.to(self._like), shown, **about))
 
     def _hand_over_all(self, index: int, z: Tensor, denoised: Tensor | None, calls: Tensor, **about: Any) -> None:
         """The level and those that repeat its sigma, which have its state at no call."""
         for same in self._levels.visited:
-            if self._schedule[same] == self._schedule[index]:
+            if self._sigmas[same] == self._sigmas[index]:
                 self._hand_over(same, z, denoised, calls=calls, **about)
                 calls = torch.zeros_like(calls)
 
@@ -390,7 +390,7 @@ class _Run:
     def _rising(self) -> list[int]:
         """The visited levels without those that repeat a sigma, least noisy first."""
         visited = self._levels.visited
-        return [i for i in visited if i + 1 > visited[0] or self._schedule[i] > self._schedule[i + 1]]
+        return [i for i in visited if i + 1 > visited[0] or self._sigmas[i] > self._sigmas[i + 1]]
 
     def _reversed(self, index: int, z: Tensor, denoised: Tensor | None) -> None:
         calls, self._count = torch.full((len(z),), self._count), 0
@@ -410,14 +410,14 @@ class _Run:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y = self._source.to(self._like).contiguous()
         past: list[tuple[float, Tensor]] = []
-        weights = self._weights()
+        weights, scales = self._weights(), self._scale(self._schedule).tolist()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
-            sigmas = self._schedule[index : index + 2]
-            if sigmas[0] > sigmas[1]:
-                step, scale = self._step(index, weights[index]), float(self._scale(sigmas[0]))
-                solved = solver.solve(step.onto(y), step.predicted(y, float(sigmas[0]), past), sigmas, scale)
-                past = [(float(sigmas[0]), solved.denoised), *past][:2]
+            above, below = self._sigmas[index : index + 2]
+            if above > below:
+                step = self._step(index, weights[index])
+                solved = solver.solve(step.onto(y), step.predicted(y, above, past), above, below, scales[index])
+                past = [(above, solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
                 solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
             about = {"residual": solved.residual, "calls": solved.calls, "converged": solved.residual <= tolerance}
@@ -453,7 +453,9 @@ class _Run:
         first = None
         if sigmas[0] == 0:
             solver = Solver(source, tolerance, max_calls)
-            first = solver.solve(self._step(rising[0], 1.0).onto(source), source, sigmas[:2].flip(0), float(scales[0]))
+            first = solver.solve(
+                self._step(rising[0], 1.0).onto(source), source, float(sigmas[1]), 0.0, float(scales[0])
+            )
         made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
         made.solve(first, tolerance, max_calls)
         residuals, calls = torch.from_numpy(made.residual), torch.from_numpy(made.calls).int()
@@ -472,7 +474,7 @@ class _Run:
             at = slice(calls.index(call), calls.index(call) + calls.count(call))
             chosen = None if calls.count(call) == len(self._source) else torch.tensor(images[at])
             answers.append(self._denoise(x[at], uploaded(sigmas[at].numpy(), x), call, chosen))
-        return torch.cat(answers)
+        return torch.cat(answers) if len(answers) > 1 else answers[0]
 
     def _in_chunks(self, stacked: Callable[..., Tensor], x: Tensor, *about: Tensor) -> Tensor:
         """The model's answers in batches as large as have fitted its memory so far."""

@@ -105,9 +105,11 @@ class Joint:
         self._sigmas, self._scales = sigmas.numpy(), scales.numpy()
         levels, size = len(sigmas), len(source)
         self._root = self._source.shape[1] ** 0.5  # norm over RMS
-        self.x, self.d, self._called_x, self._called_d, self._force = (
-            self._source.new_zeros(levels, size, self._source.shape[1]) for _ in range(5)
+        self._states, self.d, self._called_x, self._called_d, self._forced = (
+            self._source.new_zeros(rows, size, self._source.shape[1])
+            for rows in (1 + levels, levels, levels, levels, 2 * levels)
         )
+        self._states[0], self.x = self._source, self._states[1:]
         self._secants = Secants(self._source, self._sigmas)
         self._bearing = CAUTION * (np.abs(self._weights) / self._scales[:, None]).max(0)  # of D's doubt on residuals
         self._missed = np.zeros((levels, size))
@@ -208,7 +210,7 @@ class Joint:
         shown = self._call(places, images) if len(places) else None
         force = self._forces(low, front)
         missed = torch.linalg.vector_norm(force, dim=2)
-        parts = [missed.flatten(), *self._secants.products(force)]
+        parts = [missed.flatten(), *(each.flatten() for each in self._secants.products(force))]
         looked = torch.cat([*parts, *([] if shown is None else [shown])]).cpu().double().numpy()  # the round's one look
         counts = np.cumsum([len(part) for part in parts])
         units = self._root * self._scales[low : front + 1, None]
@@ -232,20 +234,21 @@ class Joint:
     def _call(self, places: NDArray[Any], images: NDArray[Any]) -> Tensor:
         """Asks the model; returns by how much its answers differ from what was predicted."""
         rows = uploaded(places * self._shape[0] + images, self.x)
-        x = self.x.flatten(0, 1)[rows]
-        d = self._answer(x.reshape(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
-        errors: list[Tensor] = []
-        for now_x, now_d, place, image in zip(x, d, places, images):
-            called_x, called_d = self._called_x[place, image], self._called_d[place, image]
-            if 0 < self._moved[place, image] < np.inf:
-                length = float(self._moved[place, image] * self._root)
-                self._secants.store(place, image, (now_x, called_x), (now_d, called_d), length)
-            errors.append(torch.dist(now_d, self.d[place, image]))
-            called_x.copy_(now_x)
-            called_d.copy_(now_d)
-            self.d[place, image].copy_(now_d)
+        states, answers, called_x, called_d = (
+            each.flatten(0, 1) for each in (self.x, self.d, self._called_x, self._called_d)
+        )
+        x = states.index_select(0, rows)
+        d = self._answer(x.view(-1, *self._shape[1:]), places.tolist(), images.tolist()).flatten(1)
+        for now_x, now_d, place, image in zip(x, d, places.tolist(), images.tolist()):
+            moved = float(self._moved[place, image])
+            if 0 < moved < np.inf:
+                pair_x, pair_d = (now_x, self._called_x[place, image]), (now_d, self._called_d[place, image])
+                self._secants.store(place, image, pair_x, pair_d, moved * self._root)
+        errors: Tensor = torch.linalg.vector_norm(answers.index_select(0, rows).sub_(d), dim=1)
+        for kept, new in ((called_x, x), (called_d, d), (answers, d)):
+            kept.index_copy_(0, rows, new)
         self.calls[places, images] += 1
-        return torch.stack(errors)
+        return errors
 
     def _judge(self, places: NDArray[Any], images: NDArray[Any], error: NDArray[Any]) -> None:
         """How much D's prediction erred, for the move, and whether that is getting less."""
@@ -260,24 +263,23 @@ class Joint:
         self._moved[at] = 0
 
     def _forces(self, low: int, front: int) -> Tensor:
-        weights = self._seen(front)
-        force = self._force[low : front + 1]
-        for row, place in zip(force, range(low, front + 1)):
-            below = self.x[place - 1] if place else self._source
-            torch.sub(below, self.x[place], alpha=float(self._start[place]), out=row)
-            for column in np.flatnonzero(np.abs(weights[place]) > 1e-12):
-                row.sub_(self.d[column], alpha=float(weights[place, column]))
-        return force
+        """All at once, as products of two small matrices with the states and the answers."""
+        count, below = front + 1 - low, max(low - 1, 0)  # extrapolated answers look one level below
+        of_x = np.eye(count, count + 1) - np.eye(count, count + 1, 1) * np.append(0.0, self._start[low : front + 1])
+        of_d = uploaded(-self._seen(front)[low : front + 1, below:], self.x)
+        force = torch.mm(
+            uploaded(of_x, self.x),
+            self._states[low : front + 2].flatten(1),
+            out=self._forced[:count].flatten(1),
+        )
+        return force.addmm_(of_d, self.d[below : front + 1].flatten(1)).view(count, *self._source.shape)
 
     def _improve(self, force: Tensor, low: int, front: int, tolerance: float) -> None:
         """One quasi-Newton step of every level that is not settled."""
         rows = slice(low, front + 1)
         moving = np.logical_or.accumulate(self._moving(tolerance)[rows], 0) & ~self._held[rows]  # from the lowest on
         steps = Steps(low, self._start[rows], self._seen(front)[rows, low:], moving.T)
-        for image, (x, d) in enumerate(self._secants.solve(steps, force)):
-            if moving[:, image].any():
-                self.x[rows, image] += x
-                self.d[rows, image] += d
+        self._secants.solve(steps, self._forced[: 2 * len(force)], self.x[rows], self.d[rows])
         away = torch.linalg.vector_norm(torch.sub(self.x[rows], self._called_x[rows], out=force), dim=2)
         moved = away.cpu().double().numpy() / self._root
         self._moved[rows] = np.where(np.isfinite(self._moved[rows]), moved, np.inf)

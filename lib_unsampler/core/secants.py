@@ -6,7 +6,6 @@ each other and added up, by numbers found from their products: so the device has
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +73,10 @@ class Secants:
         size, values = source.shape
         slots = MEMORY * len(sigmas)
         self._sigmas = sigmas
-        self._u, self._v = source.new_zeros(2, size, slots, values)
-        self._change = source.new_empty(2, len(sigmas), values)
+        self._pairs = source.new_empty(size, slots, 2, values)  # dx and dD
         self._sample = Sample(values, SAMPLED)
-        self._small_u, self._small_v = source.new_zeros(2, size, slots, self._sample.size)
+        self._sampled = source.new_empty(size, slots, 2, self._sample.size)
+        self._lengths = np.ones((size, slots))  # of dx
         self._uu, self._uv = np.zeros((2, size, slots, slots))
         self._forces = np.zeros((size, slots, 0))  # u . F
         self._stored = np.zeros((size, len(sigmas)), int)  # of each level, since it was last forgotten
@@ -87,10 +86,12 @@ class Secants:
 
     def store(self, place: int, image: int, x: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor], length: float) -> None:
         """Keeps the pair of two calls, each of x and D newest first; ``length`` is that of dx."""
-        slot = place * MEMORY + self._stored[image, place] % MEMORY
-        for (now, old), kept, small in ((x, self._u, self._small_u), (d, self._v, self._small_v)):
-            torch.sub(now, old, out=kept[image, slot]).div_(length)
-            small[image, slot] = self._sample.of(kept[image, slot])
+        slot = int(place * MEMORY + self._stored[image, place] % MEMORY)
+        pair = self._pairs[image, slot]
+        torch.sub(*x, out=pair[0])
+        torch.sub(*d, out=pair[1])
+        self._sampled[image, slot] = self._sample.of(pair)
+        self._lengths[image, slot] = length
         self._stored[image, place] += 1
         self._new[image].append(slot)
 
@@ -98,66 +99,83 @@ class Secants:
         """From now on only what bears on levels from ``lowest``, with shape (B), to the front counts, or is kept."""
         first = np.maximum(0, lowest - BELOW)
         self._stored[np.arange(self._stored.shape[1]) < first[:, None]] = 0
-        self._slots = slice(int(first.min()) * MEMORY, (front + 1) * MEMORY)
+        joined = slice(self._slots.stop, (front + 1) * MEMORY)
+        self._pairs[:, joined], self._sampled[:, joined] = 0.0, 0.0
+        self._slots = slice(int(first.min()) * MEMORY, joined.stop)
 
     def products(self, force: Tensor) -> list[Tensor]:
-        """The new vectors' products with the window's, and its u's with forces of shape (N, B, values)."""
-        parts: list[Tensor] = []
-        force = self._sample.of(force)
-        for image, new in enumerate(self._new):
-            u, v = self._small_u[image], self._small_v[image]
-            fresh, other = u[self._slots].mT, v[self._slots].mT
-            rows = uploaded(np.array(new, int), u)
-            parts += [u[rows] @ fresh, u[rows] @ other, v[rows] @ fresh, force[:, image] @ fresh]
-        return [part.flatten() for part in parts]
+        """Of the new dx and dD, k of each image's, and of N forces, (N, B, values), with the window's W vectors.
+
+        Returns:
+            With dx, of shape (B, 2 k + N, W), and the new dx with dD, (B, k, W).
+        """
+        of_x, of_d = self._sampled[:, self._slots].unbind(2)
+        most = max(map(len, self._new))
+        slots = np.array([new + [0] * (most - len(new)) for new in self._new], int)  # filled up with any
+        new = self._sampled[uploaded(np.arange(len(slots))[:, None], force), uploaded(slots, force)]
+        rows = torch.cat([*new.unbind(2), self._sample.of(force).transpose(0, 1)], 1)
+        return [torch.bmm(rows, of_x.mT), torch.bmm(new[:, :, 0], of_d.mT)]
 
     def learn(self, products: NDArray[Any], rows: int) -> None:
-        """Takes in what :meth:`products` gave, looked at; ``rows`` is the number of forces, N."""
-        at, count = self._slots, self._slots.stop - self._slots.start
-        self._forces = np.zeros((len(self._new), self._uu.shape[1], rows))
+        """Takes in what :meth:`products` gave, looked at, one after the other; ``rows`` is N."""
+        at, lengths = self._slots, self._lengths[:, None, self._slots]
+        size, width, most = len(self._new), lengths.shape[2], max(map(len, self._new))
+        parts = np.split(products, [size * (2 * most + rows) * width])
+        of_x, of_d = (part.reshape(size, count, width) / lengths for part, count in zip(parts, (2 * most + rows, most)))
+        self._forces = np.zeros((size, self._uu.shape[1], rows))
+        self._forces[:, at] = of_x[:, 2 * most :].swapaxes(1, 2)
         for image, new in enumerate(self._new):
-            mine, products = np.split(products, [count * (3 * len(new) + rows)])
-            among, across = self._uu[image], self._uv[image]
-            among[new, at], across[new, at], turn, fu = np.split(mine.reshape(-1, count), np.cumsum([len(new)] * 3))
-            among[at, new], across[at, new] = among[new, at].T, turn.T
-            self._forces[image, at] = fu.T
+            uu, uv, own = self._uu[image], self._uv[image], self._lengths[image, new, None]
+            uu[new, at], uv[new, at] = of_x[image, : len(new)] / own, of_d[image, : len(new)] / own
+            uu[at, new], uv[at, new] = uu[new, at].T, (of_x[image, most : most + len(new)] / own).T
             new.clear()
 
-    def solve(self, steps: Steps, force: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        r"""The step of x and D, with shape (N, values), image by image, that the secants expect to leave no force.
+    def solve(self, steps: Steps, forces: Tensor, x: Tensor, d: Tensor) -> None:
+        r"""Takes x and D, with shape (N, B, values), the step that the secants expect to leave no force.
 
         .. math:: \alpha_p \delta_p - \delta_{p-1} + \sum_q \gamma_{pq} J_q \delta_q = F_p
+
+        Arguments:
+            steps: Those of the levels.
+            forces: F, with shape (2 N, B, values): the second half is room to work in.
+            x: The states.
+            d: The answers.
         """
-        kriged = self._kriged(steps.low, len(force))
+        count = len(x)
+        kriged = self._kriged(steps.low, count)
         inverse, lever = steps.inverted(kriged.scalar)
         of_u, of_v = self._added(kriged, self._weights(kriged, inverse, lever) * steps.moving[:, :, None])
-        numbers = [uploaded(each, force) for each in (inverse, -lever, kriged.scalar[..., None], of_u, of_v)]
-        x, d = self._change[:, : len(force)]
-        for image in range(force.shape[1]):
-            to_force, to_added, scalar, to_u, to_v = (each[image] for each in numbers)
-            torch.mm(to_u, self._u[image, self._slots], out=d).addmm_(to_v, self._v[image, self._slots])
-            torch.mm(to_force, force[:, image], out=x).addmm_(to_added, d)
-            yield x, d.addcmul_(x, scalar)
+        of_x = np.concatenate([inverse, -lever], 2)  # of the forces, and of what the secants add to D
+        of_d = kriged.scalar[..., None] * of_x + np.eye(count, 2 * count, count)
+        both, window = forces.transpose(0, 1), self._pairs[:, self._slots]
+        added = torch.bmm(uploaded(of_u, x), window[:, :, 0], out=both[:, count:])
+        added.baddbmm_(uploaded(of_v, x), window[:, :, 1])
+        for states, numbers in ((x, of_x), (d, of_d)):
+            states.transpose(0, 1).baddbmm_(uploaded(numbers, x), both)
 
     def _added(self, kriged: Kriged, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """:math:`(V - j U)` times weights, as numbers by which the window's u's and v's are added: both (B, N, ...)."""
+        """:math:`(V - j U)` times weights, as numbers of the window's dx and dD: both (B, N, W)."""
         of_u, of_v = np.zeros((2, *weights.shape[:2], self._uu.shape[1]))
         levels = np.arange(weights.shape[1])[:, None]
         of_u[:, levels, kriged.slots] = -kriged.scalar[..., None] * weights
         of_v[:, levels, kriged.slots] = kriged.scale * weights
-        return of_u[..., self._slots], of_v[..., self._slots]
+        at, lengths = self._slots, self._lengths[:, None, self._slots]
+        return of_u[..., at] / lengths, of_v[..., at] / lengths
 
     def _weights(self, kriged: Kriged, inverse: NDArray[Any], lever: NDArray[Any]) -> NDArray[Any]:
         r""":math:`(U^\top U + \varepsilon)^{-1} U^\top \delta` of every level, with shape (B, N, L)."""
         size, count, width = kriged.scale.shape
-        flat = kriged.slots.ravel()
-        meets = kriged.scale.reshape(size, 1, -1) * self._uv[:, flat[:, None], flat]
-        meets -= np.repeat(kriged.scalar, width, 1)[:, None] * self._uu[:, flat[:, None], flat]
-        meets *= np.repeat(np.repeat(lever, width, 1), width, 2)
+        flat, level = kriged.slots.ravel(), np.repeat(np.arange(count), width)
+        used = kriged.scale.any(0).ravel().nonzero()[0]  # those that no image knows have no weight
+        meets = kriged.scale.reshape(size, 1, -1)[..., used] * self._uv[:, flat[:, None], flat[used]]
+        meets -= kriged.scalar[:, None, level[used]] * self._uu[:, flat[:, None], flat[used]]
+        meets *= lever[:, level[:, None], level[used]]
         reached = np.einsum("bpl,bpil->bpi", inverse, self._forces[:, kriged.slots])
         system = (kriged.inverse @ meets.reshape(size, count, width, -1)).reshape(size, count * width, -1)
         known = (kriged.inverse @ reached[..., None]).reshape(size, -1, 1)
-        return np.linalg.solve(system + np.eye(count * width), known).reshape(size, count, width)
+        weights: NDArray[Any] = np.zeros_like(known)
+        weights[:, used] = np.linalg.solve(system[:, used] + np.eye(len(used)), known[:, used])
+        return weights.reshape(size, count, width)
 
     def _kriged(self, low: int, count: int) -> Kriged:
         levels = np.arange(low, low + count)[:, None]
