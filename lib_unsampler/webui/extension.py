@@ -289,7 +289,7 @@ class Request:
         self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
 
     def take(self, picture: Image.Image) -> None:
-        """One of the host's own finished pictures: a film ends with it. Other machines' come behind the last batch's."""
+        """One of the host's own finished pictures: a film ends with it. Other machines' come last."""
         if self.shared:
             place(self.p, self.own)
         if self.settings.film != "noising" or "strength sweep" in self.wanted:

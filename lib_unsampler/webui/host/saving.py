@@ -196,7 +196,7 @@ def own_first(
     step = max(1, len(pictures) // len(texts))  # each is followed by its masks, which have no text
     if stand_ins:
         pictures, step = pictures[::step], 1
-    notes = [{"kind": "grid"}] * first
+    notes: list[dict[str, Any]] = [{"kind": "grid"}] * first
     notes += [{"kind": "mask" if i % step else "own", "image": i // step} for i in range(len(pictures))]
     for number, place in enumerate(range(0, len(pictures), step)):
         pictures[place], text = stand_ins.get(number, (pictures[place], texts[number]))
