@@ -19,6 +19,7 @@
     const SVG = "http://www.w3.org/2000/svg";
     const ASK_AFTER = 200;
     const ANSWER_WITHIN = 20000;
+    const OWN = ["own", "mask", "grid"]; // what of a result is the WebUI's, where its own pictures come first
 
     /** An element with attributes (or `on` handlers) and children. */
     function make(tag, attributes = {}, ...children) {
@@ -538,12 +539,15 @@
             const extra = result.extra_generation_params || {};
             const notes = extra["Unsampler images"];
             this.pause();
-            this.box.hidden = !notes || !notes.length;
-            if (this.box.hidden) return;
+            this.box.hidden = true;
+            if (!notes) return;
             this.result = result;
             this.settings = extra["Unsampler settings"] || {};
             this.files = extra["Unsampler latents names"] || [];
-            this.items = notes.map((note, index) => ({ ...note, address: images[index] })).filter((item) => item.address);
+            const every = notes.map((note, index) => ({ ...note, address: images[index] }));
+            this.items = every.filter((item) => item.address && !OWN.includes(item.kind));
+            this.box.hidden = !this.items.length;
+            if (this.box.hidden) return;
             const numbers = [...new Set(this.items.map((item) => item.image))];
             this.image.replaceChildren(...numbers.map((number) => make("option", { value: number }, `Image ${number + 1}`)));
             this.image.hidden = numbers.length < 2;

@@ -7,7 +7,7 @@ try:
     from modules.ui_components import InputAccordion
 
     from lib_unsampler import settings
-    from lib_unsampler.webui import axes, extension, preview, routes, ui
+    from lib_unsampler.webui import axes, extension, machines, preview, routes, ui
     from lib_unsampler.webui.host import page
 except ImportError as error:
     print(f"[Batch Unsampler] not active: this WebUI lacks k-diffusion samplers or its hooks ({error})")
@@ -39,6 +39,9 @@ else:
             self._api_info = ui.documented(info)
 
         _api_info = None
+
+        def setup(self, p, *args):
+            machines.share(p, args)
 
         def process(self, p, *args):
             extension.attach(p, args)

@@ -8,6 +8,7 @@ when it tells of a step, whether it draws noise, and whether it looks back over 
 from __future__ import annotations
 
 import inspect
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,22 +57,16 @@ class StandIn:
         return getattr(self._model, name)
 
 
-class Watched:
-    """A denoiser that notes the state it was shown last; to the sampler it is the denoiser itself."""
+class Around:
+    """Something around a denoiser; to the sampler it is the denoiser itself."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._shown = torch.empty(0)
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
         """D(x; sigma) of the denoiser."""
-        self._shown = x
         made: Tensor = self._model(x, sigma, **extra)
         return made
-
-    def last(self) -> Tensor:
-        """The state of the last call: in a sampler's ``callback``, that of the step's first."""
-        return self._shown
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -82,6 +77,37 @@ class Watched:
             object.__setattr__(self, name, value)
         else:
             setattr(self._model, name, value)
+
+
+class Watched(Around):
+    """A denoiser that notes the state it was shown last."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._shown = torch.empty(0)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """D(x; sigma) of the denoiser."""
+        self._shown = x
+        return super().__call__(x, sigma, **extra)
+
+    def last(self) -> Tensor:
+        """The state of the last call: in a sampler's ``callback``, that of the step's first."""
+        return self._shown
+
+
+class Still(Around):
+    """A denoiser held still: what it draws from torch's generators (token merging) is the same at one sigma, always.
+
+    What is solved or recorded against such a model comes back only if it answers then as it does later. The
+    generators are left as they were.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, **extra: Any) -> Tensor:
+        """D(x; sigma) of the denoiser, its draws a function of sigma."""
+        (seed,) = struct.unpack("<I", struct.pack("<f", float(sigma.flatten()[0])))
+        with _seeded(seed, x.device):
+            return super().__call__(x, sigma, **extra)
 
 
 def waves(number: int, like: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ def option(
     modes: tuple[str, ...] = (),
     outputs: tuple[str, ...] = (),
     word: str = "",
+    pasted: bool = True,
 ) -> Any:
     """A dataclass field with its documentation and bounds as metadata.
 
@@ -103,6 +104,7 @@ def option(
         modes: The modes that use the field, if not all do.
         outputs: The outputs that use it, if not all do; with both, either is enough.
         word: What a number's default is called, where that is no amount: both are accepted.
+        pasted: Whether it belongs to the picture, and so into its generation parameters.
     """
     return field(
         default=default,
@@ -119,6 +121,7 @@ def option(
             "modes": modes,
             "outputs": outputs,
             "word": word,
+            "pasted": pasted,
         },
     )
 
@@ -465,6 +468,15 @@ class Settings:
         "How the sampling's steps are shown: the state itself, or the picture that the model sees in it.",
         choices=("state", "estimate"),
         outputs=("init", "guide", "resample"),
+    )
+    reply: str = option(
+        "all",
+        "Reply",
+        "all: animations first, img2img's own pictures last; own first: each image's own picture (or its noisiest "
+        "frame) first, then all the others; own only: no others, they are saved, and its parameters name their files.",
+        choices=("all", "own first", "own only"),
+        surfaces=("host",),
+        pasted=False,
     )
     guide: bool = option(
         False,

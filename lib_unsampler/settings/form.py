@@ -30,6 +30,7 @@ FOLDED = (
     ),
     ("Guide", (("guide_weight", "guide_strength", "guide_alpha"), ("guide_from", "guide_until"))),
     ("Film and end", (("film", "film_view"), ("end_at_sigma",))),
+    ("Reply", (("reply",),)),
 )
 """The others, by headings of one panel that opens; the latents file comes last."""
 

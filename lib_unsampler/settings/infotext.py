@@ -47,7 +47,7 @@ def _whole_text(text: str) -> str:
 
 def to_infotext(settings: Settings, surface: str) -> dict[str, str]:
     """The fields that differ from their defaults, for the image's generation parameters."""
-    pairs = ((f, getattr(settings, f.name)) for f in surface_fields(surface))
+    pairs = ((f, getattr(settings, f.name)) for f in surface_fields(surface) if f.metadata["pasted"])
     return {infotext_key(f): _plain(v) for f, v in pairs if v != f.default}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..settings import TITLE, SettingsError, named, read, surface_fields
 from .host.page import earlier_defaults, xyz_plot
 from .host.request import RefusedError, arguments, set_arguments
+from .machines import own, share
 
 PREFIX = "[Unsampler] "
 
@@ -64,13 +65,14 @@ def _apply(f: Any) -> Callable[[Any, Any, Sequence[Any]], None]:
     def apply(p: Any, value: Any, values: Sequence[Any]) -> None:
         behind = [field.default for field in surface_fields("host")]  # the page's own, which are in the dict now
         set_arguments(p, [{**_named(p), f.name: value}, *behind])
+        share(p, arguments(p))
 
     return apply
 
 
 def _named(p: Any) -> dict[str, Any]:
     try:
-        return named(arguments(p), "host", earlier_defaults())
+        return named(own(arguments(p)), "host", earlier_defaults())
     except SettingsError as error:
         raise RefusedError(f"{TITLE}: {error}") from None
 

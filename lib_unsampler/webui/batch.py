@@ -14,7 +14,7 @@ from ..core.ahead import Ahead
 from ..core.held import every_level
 from ..core.inversion import from_below, unconverged
 from ..core.noising import add_noise, normalize_noise, walk
-from ..core.replay import Recording
+from ..core.replay import SAME, Recording
 from ..core.schedule import step_at
 from ..core.trajectory import Trajectory
 from ..pictures.film import Film
@@ -133,6 +133,16 @@ class BatchRun:
             more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
             comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")
 
+    def _say_missed(self, made: Tensor, source: Tensor) -> None:
+        """A replay under the source's own prompts is the source, unless the model is another one by then."""
+        settings = self.settings
+        if self.file is not None or settings.positive or settings.negative or settings.cfg != self.p.cfg_scale:
+            return
+        off = float((made.double() - source.double()).square().mean().sqrt() / source.double().std())
+        if off > SAME:
+            why = "something beside it changed the model after the recording (LoRA block weight's start and stop do)"
+            comment(self.p, f"replay: misses the source by {off:.2g} of its deviation; {why}")
+
     def _sweep_below(self, batch: Batch, plan: Plan) -> None:
         """Samples from every kept level below the noisiest first, each as img2img at that strength would."""
         self.sweep = Sweep(self.p, plan, self.settings)
@@ -158,7 +168,10 @@ class BatchRun:
             self.film = self._stack.enter_context(Film(place, plan.levels, plan.prediction, self.settings))
         listen = None if self.film is None else self.film.listen
         if self.recording is not None:
-            return driven.sample_replayed(batch, plan, self.recording, self.settings.skip, listen)
+            made = driven.sample_replayed(batch, plan, self.recording, self.settings.skip, listen)
+            if not stopped():
+                self._say_missed(made, batch.x)
+            return made
         start = self._start_state(plan)
         made, began = onward.sample(batch, plan, start, self._guide(plan), listen)
         if self.file is None:

@@ -19,6 +19,7 @@ from ..core.fingerprint import fingerprint
 from ..core.inversion import CALLS, Level, Walked, kin, without_noise
 from ..core.inversion import invert as invert_
 from ..core.noising import Draw, unsample
+from ..core.rehearsal import Still
 from ..core.replay import Recording
 from ..core.schedule import Levels
 from ..settings import TITLE, Settings
@@ -180,7 +181,7 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
         counted = counted_calls(function, denoiser, start, **options)
         if name == sampler_function(batch.p.sampler) and draws_noise(function, denoiser, start, **options):
             remarks.append(without_noise(name, settings.solver, options))
-        model = GuidedModel(denoiser, options["extra_args"], counted, CALLS[name], progress, called)
+        model = GuidedModel(Still(denoiser), options["extra_args"], counted, CALLS[name], progress, called)
 
         def visit(level: Level) -> None:
             reached.append(level)
@@ -257,7 +258,7 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     made: list[Recording] = []
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
-        source_model = _Inpainting(model, x, getattr(p, "nmask", None))
+        source_model = _Inpainting(Still(model), x, getattr(p, "nmask", None))
         below = sigmas[-steps - 1 :]
         with untouched_draws():
             replay.rehearsed(function, model, below, x, plan.prediction, 0, **options)
@@ -290,7 +291,7 @@ def sample_replayed(batch: Batch, plan: Plan, recording: Recording, skip: int, l
         counters = Skipped(
             model, counted_calls(function, model, start, sigmas=sigmas, **options), len(sigmas) - 1 - steps
         )
-        edited = _Inpainting(model, batch.x, getattr(p, "nmask", None))
+        edited = _Inpainting(Still(model), batch.x, getattr(p, "nmask", None))
         whole = plan.levels.schedule[-recorded - 1 :].to(sigmas)
         run = counters.options(options)
         if listen is not None:

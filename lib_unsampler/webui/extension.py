@@ -11,6 +11,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import asdict
 from typing import Any
 
@@ -29,20 +30,23 @@ from ..settings import (
     surface_fields,
     to_infotext,
 )
-from . import refusals
+from . import machines, refusals
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
+from .host.machines import jobs, missing, place
 from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
 from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
-from .host.saving import put_first
+from .host.saving import own_first, put_first, put_last, retell
 from .host.schedule import has_sigmas, make_sampler
 from .onward import mapped
 from .reply import Reply
 from .showing import Showing, Waiting
 
 PATCHED = ("init", "sample", "save_samples")
+BATCH = ("prompts", "negative_prompts", "seeds", "subseeds", "batch_size", "iteration")
+"""What of a request is a batch's own; what is finished later sees its own batch."""
 HOST_FIELDS = {f.name for f in surface_fields("host")}
 
 
@@ -57,7 +61,7 @@ def attach(p: Any, args: Sequence[Any]) -> None:
     for key in [key for key in p.extra_generation_params if key.startswith(INFOTEXT_PREFIX)]:
         del p.extra_generation_params[key]  # X/Y/Z plot's cells share one dict: the cell before wrote into it
     try:
-        enabled, settings = parse_args(args, "host", field_defaults(), earlier_defaults())
+        enabled, settings = parse_args(machines.own(args), "host", field_defaults(), earlier_defaults())
         if enabled:
             Request(p, settings).attach()
     except SettingsError as error:
@@ -138,6 +142,11 @@ def _refuse(p: Any, message: str) -> None:
     _patch(p, "init", refuse)
 
 
+def _always() -> bool:
+    """What the reply leaves out is saved."""
+    return True
+
+
 class Request:
     """One request over all its batches: what is hung on ``p``, what the batches made, what is handed over."""
 
@@ -150,7 +159,12 @@ class Request:
         self.inversions: list[list[dict[str, Any]]] = []
         self.script = selected_script(p)
         self.preferences = preferences()
-        self.reply = Reply(self.preferences.gallery_limit if self.script is None else 0)
+        self.shared = bool(jobs(p))
+        self.order = "own first" if self.shared and settings.reply == "all" else settings.reply
+        self.alone = self.script is not None or self.order == "own only"
+        self.reply = Reply(0 if self.alone else self.preferences.gallery_limit)
+        self.batch: dict[str, Any] = {}
+        self.own = 0
         self.saved: Trajectory | None = None
         self.runs: list[BatchRun] = []
         self.waiting = Waiting()
@@ -209,6 +223,8 @@ class Request:
         p = self.p
         sampling = p.sampler.sample_img2img
         self._complete()  # of a batch whose own pictures did not come
+        self.batch = {name: copy(getattr(p, name)) for name in BATCH}
+        self.own += len(p.prompts)
         try:
             with ExitStack() as guided:
                 strengths = mapped(p, guided) if self.settings.maps else None
@@ -254,7 +270,8 @@ class Request:
                 )
             if run.inverted is not None:
                 self.inversions.append(run.inverted.told())
-            showing = Showing(run, self.reply, self._own["save_samples"])
+            saves = _always if self.order == "own only" else self._own["save_samples"]
+            showing = Showing(run, self.reply, saves)
             self.waiting.add(showing)
             showing.make()
         except Exception as error:
@@ -272,15 +289,21 @@ class Request:
         self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
 
     def take(self, picture: Image.Image) -> None:
-        """One of the host's own finished pictures: a film ends with it."""
+        """One of the host's own finished pictures: a film ends with it. Other machines' come last."""
+        if self.shared:
+            place(self.p, self.own)
         if self.settings.film != "noising" or "strength sweep" in self.wanted:
             self.waiting.finals.append(picture.copy())
-            if len(self.waiting.finals) == len(self.p.prompts):
+            if len(self.waiting.finals) == len(self.batch["prompts"]):
                 self._complete()
 
     def _complete(self) -> None:
         """Finishes what waited for the host's own pictures. The host swallows errors here, so they are said."""
-        for line in self.waiting.complete():
+        with ExitStack() as shadowed:
+            for name, value in self.batch.items():
+                shadowed.enter_context(attribute(self.p, name, value))
+            said = self.waiting.complete()
+        for line in said:
             comment(self.p, line)
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
@@ -296,13 +319,23 @@ class Request:
 
         Where there would be nothing (latents alone), it is the noisiest frame. A selectable script (X/Y/Z
         plot, loopback, SD upscale, ...) counts on one picture for each image, so under it there are only those.
+        Other machines' pictures are among the host's own, which then come first.
         """
         self._complete()
-        items = self.reply.every()
-        if self.script is not None or not items:
-            items = [] if self.settings.samples else self.reply.stand_ins
-        put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
-        told = self.reply.told(items, output_folder(), animation_folder())
+        for line in missing(self.p):
+            comment(self.p, line)
+        retell(self.p, processed)
+        items = [] if self.alone else self.reply.every()
+        stand_ins = [] if self.settings.samples else self.reply.stand_ins
+        if self.order == "all":
+            items = items or stand_ins
+            notes = [item.note for item in items]
+            put_first(processed, [i.shown for i in items], [i.text for i in items], keep_own=self.settings.samples)
+        else:
+            standing = {item.note["image"]: (item.shown.copy(), item.text) for item in stand_ins}
+            notes = own_first(processed, standing, self.reply.naming) + [item.note for item in items]
+            put_last(processed, [i.shown for i in items], [i.text for i in items])
+        told = self.reply.told(notes, output_folder(), animation_folder())
         told["settings"] = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
         told |= {"messages": self.messages} if self.messages else {}
         told |= {"inversion": self.inversions} if self.inversions else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from ..settings import INFOTEXT_PREFIX
 from .host.page import preferences
 from .host.request import attribute, comment
 from .host.saving import infotext, kept_file, moving_item, prepared_to_save, save_file, save_picture, saved_item
-from .reply import Item, Reply
+from .reply import Filed, Item, Reply
 
 Submit = Callable[..., None]
 """A background's ``submit(size, then, work, *arguments)``."""
@@ -30,7 +30,7 @@ class Naming:
     def __init__(self, p: Any, reply: Reply, submit: Submit) -> None:
         """``submit`` hands on in order, one at a time, since the host names pictures by counting."""
         self._p, self._reply, self._submit = p, reply, submit
-        self._files: list[Path] = []
+        self._files: list[Path] = []  # of frames: an interrupted batch's are taken away
         self._own: list[Item] = []
         self.texts = [infotext(p, image, {}) for image in range(len(p.prompts))]
 
@@ -46,7 +46,7 @@ class Naming:
         def saved(prepared: Prepared | None) -> None:
             files = save_picture(self._p, own, image, text, suffix, prepared)
             self._files += files
-            self._reply.files += files
+            self._note("frame", image, files)
             if shown:
                 self._put("frame", Item(saved_item(files[0], text), text, note))
 
@@ -66,7 +66,7 @@ class Naming:
         picture.info["parameters"] = text
         if save:
             files = save_picture(self._p, picture, image, text, suffix)
-            self._reply.files += files
+            self._note("sweep", image, files)
             picture = saved_item(files[0], text)
         self._put("sweep", Item(picture, text, {"image": self._number(image), **entry}))
 
@@ -84,7 +84,7 @@ class Naming:
         picture.info["parameters"] = text
         if save:
             files = save_picture(self._p, picture, image, text, suffix)
-            self._reply.files += files
+            self._note(kind, image, files)
             picture = saved_item(files[0], text)
         self._put(kind, Item(picture, text, {"kind": kind, "image": self._number(image), **told}))
 
@@ -111,7 +111,7 @@ class Naming:
             note |= fit.told()
         if save:
             file = save_file(self._p, file, poster, image, text, SUFFIXES[kind], preferences().animation_folder)
-            self._reply.files.append(file)
+            self._note(kind, image, [file])
             self._reply.animations.append(file)
         elif not getattr(self._p, "is_api", False):
             file = kept_file(file)
@@ -120,7 +120,7 @@ class Naming:
     def latents(self, file: Path, named: Image.Image) -> str:
         """A finished latents file, by its path; asked for by name, so it is kept also where samples are not saved."""
         path = save_file(self._p, file, named, 0, self.texts[0], "-unsampling").absolute()
-        self._reply.files.append(path)
+        self._reply.files[path] = Filed("latents", tuple(map(self._number, range(len(self.texts)))))
         comment(self._p, f"latents saved: {path}")
         return str(path)
 
@@ -151,7 +151,10 @@ class Naming:
     def _unlink(self) -> None:
         for file in self._files:
             file.unlink(missing_ok=True)
-        self._reply.files = [file for file in self._reply.files if file not in self._files]
+            self._reply.files.pop(file, None)
+
+    def _note(self, kind: str, image: int, files: Iterable[Path]) -> None:
+        self._reply.files.update(dict.fromkeys(files, Filed(kind, (self._number(image),))))
 
     def _put(self, kind: str, item: Item) -> None:
         if kind != "frame" or len(self._reply.items[kind]) < self._reply.limit:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import guidance
 from ..core.guidance import Weight, first_calls, sample_guided
-from ..core.rehearsal import Watched
+from ..core.rehearsal import Still, Watched
 from ..settings import Settings
 from .driven import Batch, Listen, Plan, listening
 from .host.draws import untouched_draws
@@ -48,7 +48,8 @@ def sample(
     """
 
     def run(function: Callable[..., Tensor], model: Any, x: Tensor, **options: Any) -> Tensor:
-        x = x if start is None else start.to(x)
+        if start is not None:  # what z was solved for, is answered so again
+            x, model = start.to(x), Still(model)
         began.append(x.detach().clone())
         if listen is not None:  # of the states, what the model is shown: some samplers tell their callback another
             model = watched = Watched(model)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..page import shelf
+from ..settings import INFOTEXT_PREFIX
 
 MOST_NAMED = 200
 """Of files in one folder, in an error's text."""
+
+FILES_KEY = INFOTEXT_PREFIX + "files"
+"""Under which an own picture's parameters name the files that go with it."""
 
 KINDS = ("animation", "sweep animation", "contact sheet", "sigma curve", "report", "frame", "sweep")
 """What the reply holds, in its order."""
@@ -23,6 +28,14 @@ class Item:
     shown: Any
     text: str
     note: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A saved file: what it is, and the numbers of the images that it holds something of."""
+
+    kind: str
+    images: tuple[int, ...]
 
 
 @dataclass
@@ -47,22 +60,23 @@ class Reply:
     comfyui: list[str] = field(default_factory=list)
     animations: list[Path] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
+    files: dict[Path, Filed] = field(default_factory=dict)
 
     def every(self) -> list[Item]:
         """All items, in order."""
         return [item for kind in KINDS for item in self.items[kind]]
 
-    def told(self, items: Sequence[Item], folder: Path, films: Path) -> dict[str, Any]:
-        """What the request's info says of these items and of all files, as plain values.
+    def told(self, notes: Sequence[Mapping[str, Any]], folder: Path, films: Path) -> dict[str, Any]:
+        """What the request's info says of the results and of all files, as plain values.
 
         Arguments:
+            notes: What each of the results is.
             folder: Where latents files are asked for by name.
             films: Where animations are.
         """
         return {
             "sigmas": self.sigmas,
-            "images": [item.note for item in items],
+            "images": list(notes),
             "latents": self.latents,
             "latents names": [shelf.name_of(folder, Path(file)) for file in self.latents],
             "animations names": [shelf.name_of(films, file) for file in self.animations],
@@ -71,13 +85,28 @@ class Reply:
 
     def told_files(self) -> str:
         """The saved files by name, folder after folder; of very many in one the first and the last."""
-        folders: dict[Path, list[str]] = {}
-        for file in self.files:
-            folders.setdefault(file.parent, []).append(file.name)
-        return "; ".join(f"{_listed(names)} in {folder}" for folder, names in folders.items())
+        return "; ".join(f"{_listed(names, MOST_NAMED)} in {folder}" for folder, names in _by_folder(self.files))
+
+    def naming(self, image: int, text: str) -> str:
+        """An image's generation parameters, which then also name what was saved of it."""
+        own = {file.absolute(): filed.kind for file, filed in self.files.items() if image in filed.images}
+        said = []
+        for folder, names in _by_folder(own):
+            kinds: dict[str, list[str]] = {}
+            for name in names:
+                kinds.setdefault(own[folder / name], []).append(name)
+            said.append(", ".join(f"{kind} {_listed(of_it, 1)}" for kind, of_it in kinds.items()) + f" in {folder}")
+        return f"{text}, {FILES_KEY}: {json.dumps('; '.join(said), ensure_ascii=False)}" if said else text
 
 
-def _listed(names: list[str]) -> str:
-    if len(names) <= MOST_NAMED:
+def _by_folder(files: Iterable[Path]) -> Iterable[tuple[Path, list[str]]]:
+    folders: dict[Path, list[str]] = {}
+    for file in files:
+        folders.setdefault(file.parent, []).append(file.name)
+    return folders.items()
+
+
+def _listed(names: list[str], most: int) -> str:
+    if len(names) <= most:
         return ", ".join(names)
     return f"{names[0]} to {names[-1]} ({len(names)} files)"

@@ -12,7 +12,7 @@ from k_diffusion import sampling as kd
 from torch import Tensor
 
 from lib_unsampler.core.noising import SeededDraws, unsample
-from lib_unsampler.core.rehearsal import draws_noise, forward
+from lib_unsampler.core.rehearsal import Still, draws_noise, forward
 from lib_unsampler.core.replay import Recording, ReplayError, check_replay, record, rehearsed, replay
 from lib_unsampler.core.schedule import levels
 
@@ -236,3 +236,15 @@ def test_the_forward_run_is_counted(name: str, first: list[int], shown: list[int
     )
     assert list(counted.first) == first and list(counted.shown) == shown
     assert counted.call(3, 1) == len(shown) - 1 == counted.call(3, 0)  # the last step is one call
+
+
+def test_a_model_held_still_draws_by_sigma_and_leaves_the_generator_alone() -> None:
+    def drawing(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(x.shape)
+
+    still, x = Still(drawing), torch.zeros(2, 4, 3, 3)
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    answers = [still(x, torch.full((2,), sigma)) for sigma in (1.0, 3.0, 1.0)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(answers[0], answers[2]) and not torch.equal(answers[0], answers[1])

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,28 @@ def test_a_python_example_of_the_webuis_readme_runs(
         else:
             (tmp_path / "copy.safetensors").write_bytes(data)
             assert trajectory.load(tmp_path / "copy.safetensors").z.ndim == 5
+
+
+def test_fifty_requests_from_four_threads_are_each_answered_as_if_alone() -> None:
+    kinds = (None, {"output": ["frames"]}, {"output": ["init"], "noise": "path"}, {"noise": "pink"})
+
+    def asked_for(number: int) -> dict[str, Any]:
+        return img2img(kinds[number % 4], seed=100 + number, steps=3)
+
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(asked_for, range(50)))
+    for number, reply in enumerate(replies):
+        if number % 4 == 3:
+            assert reply["status"] == 422 and "noise: 'pink'" in reply["detail"]
+        else:
+            assert json.loads(reply["info"])["seed"] == 100 + number
+    for number in (0, 17, 34, 49):
+        assert pixels(asked_for(number)) == pixels(replies[number])
+
+
+def test_the_hosts_own_docs_page_has_our_routes() -> None:
+    assert b"swagger" in served("/docs").lower()
+    paths = json.loads(served("/openapi.json"))["paths"]
+    assert {f"/unsampler/v1/{kind}{name}" for kind in ("latents", "animations") for name in ("", "/{name}")} <= set(
+        paths
+    )

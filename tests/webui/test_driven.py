@@ -305,6 +305,55 @@ def test_a_masked_replay_by_a_sampler_that_looks_at_its_model(
     assert decibels(edit.latest_samples[..., :4], edit.init_latent[..., :4]) < 100
 
 
+@pytest.fixture
+def drawing(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws from torch's own generator at every call, as token merging does in Forge and Neo."""
+    from modules import sd_samplers_cfg_denoiser
+
+    forward = sd_samplers_cfg_denoiser.CFGDenoiser.forward
+
+    def drawn(self: Any, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+        return forward(self, x, sigma, **args) + 0.1 * float(sigma[0].clamp(max=1)) * torch.randn(x.shape[1:])
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", drawn)
+
+
+@pytest.mark.parametrize("mode", ["invert", "replay"])
+@pytest.mark.parametrize("cfg", [1, 7])
+def test_a_model_that_draws_gives_the_source_all_the_same(
+    host: SimpleNamespace, drawing: None, mode: str, cfg: float
+) -> None:
+    sampler = {"invert": "Euler", "replay": "Euler a"}[mode]
+    fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": cfg, "batch_size": 2}
+    settings = {"mode": mode, "output": ["init"], "cfg": cfg}
+    p, _ = host.run(settings, **fields)
+    assert decibels(p.latest_samples, p.init_latent) > 80
+    assert not any("misses" in text or "not converged" in text for text in p.comments)
+
+
+def test_a_replay_that_misses_its_source_says_so(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What acts at a step once a request (LoRA block weight's start and stop) has acted when the sampling begins."""
+    from modules import sd_samplers_cfg_denoiser
+
+    forward = sd_samplers_cfg_denoiser.CFGDenoiser.forward
+    acted: list[int] = []
+
+    def once(self: Any, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+        acted.extend([self.step] if self.step == 3 else [])
+        return forward(self, x, sigma, **args) * (1.0 if acted else 0.9)
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", once)
+    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0}
+    settings = {"mode": "replay", "output": ["init"], "cfg": 7}
+    p, _ = host.run(settings, **fields)
+    assert decibels(p.latest_samples, p.init_latent) < 40
+    assert any(text.startswith("replay: misses the source by") for text in p.comments)
+    p, _ = host.run({**settings, "positive": "a dog"}, **fields)
+    assert not any("misses" in text for text in p.comments)  # an edit is no miss
+    p, _ = host.run(settings, **fields)
+    assert not any("misses" in text for text in p.comments)
+
+
 def test_a_replay_under_another_prompt_is_an_edit(host: SimpleNamespace, calls: list[Call]) -> None:
     settings = {"mode": "replay", "output": ["init"], "cfg": 3, "positive": "a cat"}
     p, _ = host.run(settings, sampler_name="Euler a", cfg_scale=3, prompt="a dog", denoising_strength=1.0)

@@ -47,8 +47,11 @@ def running(sampler: Any, run: Callable[..., Tensor]) -> Iterator[None]:
 
 
 def starting_from(sampler: Any, z: Tensor) -> AbstractContextManager[None]:
-    """Has a k-diffusion sampler start from z, whatever start state the host computes; see :func:`running`."""
-    return running(sampler, lambda function, model, x, **options: function(model, z.to(x), **options))
+    """Has a k-diffusion sampler start from z, whatever start state the host computes; see :func:`running`.
+
+    Its model is held still, as where z was solved for.
+    """
+    return running(sampler, lambda function, model, x, **options: function(rehearsal.Still(model), z.to(x), **options))
 
 
 def sampler_function(sampler: Any) -> str:

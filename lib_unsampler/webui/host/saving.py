@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +177,43 @@ def put_first(processed: Any, items: Sequence[Any], texts: Sequence[str], keep_o
     processed.infotexts = [*texts, *own[1]]
     if items or not keep_own:
         processed.index_of_first_image = 0
+
+
+def own_first(
+    processed: Any, stand_ins: Mapping[int, tuple[Any, str]], told: Callable[[int, str], str]
+) -> list[dict[str, Any]]:
+    """Has the host's own pictures say more, and others stand in for those that it did not sample.
+
+    Arguments:
+        stand_ins: (picture, parameters) by the number of the image; where there are any, the masks go.
+        told: The parameters of an image, by its number, from those that it has.
+
+    Returns:
+        What each picture of the results is, in order.
+    """
+    first = processed.index_of_first_image
+    texts, pictures = processed.infotexts[first:], processed.images[first:]
+    step = max(1, len(pictures) // len(texts))  # each is followed by its masks, which have no text
+    if stand_ins:
+        pictures, step = pictures[::step], 1
+    notes: list[dict[str, Any]] = [{"kind": "grid"}] * first
+    notes += [{"kind": "mask" if i % step else "own", "image": i // step} for i in range(len(pictures))]
+    for number, place in enumerate(range(0, len(pictures), step)):
+        pictures[place], text = stand_ins.get(number, (pictures[place], texts[number]))
+        texts[number] = told(number, text)
+        if "parameters" in pictures[place].info:
+            pictures[place].info["parameters"] = texts[number]
+    processed.images[first:], processed.infotexts[first:] = pictures, texts
+    return notes
+
+
+def put_last(processed: Any, items: Sequence[Any], texts: Sequence[str]) -> None:
+    """Puts results behind the host's own images."""
+    own = [*processed.infotexts, *[""] * (len(processed.images) - len(processed.infotexts))]
+    processed.images, processed.infotexts = [*processed.images, *items], [*own, *texts]
+
+
+def retell(p: Any, processed: Any) -> None:
+    """Has the results' remarks be all that the request has by now: the host gathers them before its last hooks."""
+    if hasattr(processed, "comments"):
+        processed.comments = "".join(f"{text}\n" for text in p.comments)

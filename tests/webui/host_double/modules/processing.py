@@ -120,6 +120,10 @@ class StableDiffusionProcessingImg2Img:
     extra_generation_params: dict = field(default_factory=dict)
     comments: list = field(default_factory=list)
 
+    def __post_init__(self):
+        if self.scripts is not None:
+            self.scripts.setup_scrips(self)
+
     def close(self):
         self.sampler = self.c = self.uc = None
 
@@ -171,6 +175,8 @@ class StableDiffusionProcessingImg2Img:
 
 def process_images(p):
     """The host's order: process, init, and per batch rng, sample, decode, save."""
+    if p.scripts is not None:
+        p.scripts.before_process(p)
     count = p.batch_size * p.n_iter
     p.all_prompts, p.all_seeds = [p.prompt] * count, [p.seed + i for i in range(count)]
     p.all_subseeds = [p.subseed + i for i in range(count)]
@@ -201,9 +207,12 @@ def process_images(p):
             p.latest_samples = samples
             shared.state.nextjob()
             save = p.save_samples()
-            for i, picture in enumerate(torch.stack(list(decoded))):
+            pp = scripts.PostprocessBatchListArgs(list(((torch.stack(list(decoded)) + 1) / 2).clamp(0, 1)))
+            if p.scripts is not None:
+                p.scripts.postprocess_batch_list(p, pp, batch_number=n)
+            for i, picture in enumerate(pp.images):
                 p.batch_index = i
-                array = (255.0 * ((picture + 1) / 2).clamp(0, 1)).byte().permute(1, 2, 0).numpy()
+                array = (255.0 * picture).byte().permute(1, 2, 0).numpy()
                 image, text = Image.fromarray(array), create_infotext(p, p.prompts, p.seeds, p.subseeds, index=i)
                 if p.scripts is not None:
                     pp = scripts.PostprocessImageArgs(image)
@@ -216,7 +225,10 @@ def process_images(p):
                     images.save_image(image, p.outpath_samples, "", p.seeds[i], p.prompts[i], info=text, p=p)
                 output.append(image)
                 texts.append(text)
-    res = Processed(p, output, info=texts[0] if texts else "", infotexts=texts)
+    grid = shared.opts.return_grid and not p.do_not_save_grid and len(output) > 1
+    if grid:
+        output, texts = [Image.new("RGB", (8, 8)), *output], [texts[0], *texts]
+    res = Processed(p, output, info=texts[0] if texts else "", index_of_first_image=int(grid), infotexts=texts)
     if p.scripts is not None:
         p.scripts.postprocess(p, res)
     return res

@@ -27,6 +27,11 @@ class Script:
         pass
 
 
+class PostprocessBatchListArgs:
+    def __init__(self, images):
+        self.images = images
+
+
 class PostprocessImageArgs:
     def __init__(self, image):
         self.image = image
@@ -41,10 +46,13 @@ class ScriptRunner:
     def __init__(self, script):
         self.script = script
         self.script.args_from = 1
-        self.alwayson_scripts = [script]
         self.selectable_scripts = []
         self.others = []
         self.swallowed = []
+
+    @property
+    def alwayson_scripts(self):
+        return [self.script, *self.others]
 
     def run(self, p, *args):
         script_index = args[0]
@@ -59,6 +67,16 @@ class ScriptRunner:
                 getattr(script, name)(p, *more, *args)
             except Exception as error:
                 self.swallowed.append(error)
+
+    def setup_scrips(self, p):
+        self.call("setup", p)
+
+    def before_process(self, p):
+        self.call("before_process", p)
+
+    def postprocess_batch_list(self, p, pp, batch_number):
+        for script in [s for s in self.others if hasattr(s, "postprocess_batch_list")]:
+            script.postprocess_batch_list(p, pp, batch_number=batch_number)
 
     def process(self, p):
         self.call("process", p)

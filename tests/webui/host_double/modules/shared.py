@@ -71,5 +71,7 @@ opts = Options(
     overlay_inpaint=True,
     save_images_replace_action="Replace",
     temp_dir="",
+    return_grid=False,
+    grid_only_if_multiple=True,
 )
 sd_model = None
