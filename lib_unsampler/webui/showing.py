@@ -65,7 +65,8 @@ class Showing:
             self._finish_levels([])
 
     def _file_levels(self) -> None:
-        noising = self._shown and (self._film is None or self._settings.film == "both")
+        ended = self._film is not None and stopped()  # while it was sampled: what it has is shown, and no more
+        noising = self._shown and not ended and (self._film is None or self._settings.film == "both")
         begins_clean = noising and self._settings.include_clean
         steps = self._film.indices if self._film is not None else []
         count = len(self._plan.levels.kept) if noising or self._film is None else 0
@@ -85,7 +86,8 @@ class Showing:
         sigmas = [0.0] * begins_clean + (self._plan.levels.sigmas.tolist() if noising or self._film is None else [])
         sigmas += [*schedule[steps].tolist(), 0.0] if self._film is not None else []
         filing = self._filing = self._stack.enter_context(self._begun(sigmas))
-        made = frames(self._until_stopped(), self._scene(), begins_clean, self._decode, chunk, visit, free_memory)
+        walked = self._run.walk() if ended else self._until_stopped()
+        made = frames(walked, self._scene(), begins_clean, self._decode, chunk, visit, free_memory)
         for frame in made:
             filing.frame(frame)
             progress.step(filing.count if noising else seen, frame.pictures[-1])
@@ -111,7 +113,7 @@ class Showing:
         with self._stack:
             if self._film is not None and finals:
                 filing.frame(Frame(None, 0.0, list(finals)), "result")
-            if self._last is None:
+            if self._last is None or (self._film is not None and filing.count == 0):
                 filing.abandon()  # interrupted before there was any noise
             else:
                 mask = getattr(self._p, "nmask", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -210,6 +211,37 @@ def test_what_does_not_go_with_a_map_is_refused_by_name(
     with pytest.raises(HTTPException) as refused:
         host.run(MAP, image_mask=Image.new("L", (64, 64), 128), **{field: value}, **masked(torch.ones(SIDE, SIDE)))
     assert names in str(refused.value.detail)
+
+
+def test_an_inpainting_checkpoint_s_map_is_refused_by_name(host: SimpleNamespace, monkeypatch: Any) -> None:
+    """A1111 tells it by the model's conditioning key, Forge by its own attribute."""
+    p = host.make(
+        ({**MAP, "enabled": True},), image_mask=Image.new("L", (64, 64), 128), **masked(torch.ones(SIDE, SIDE))
+    )
+    monkeypatch.setattr(p.sd_model, "is_inpaint", True, raising=False)
+    with pytest.raises(HTTPException) as refused:
+        host.processing.process_images(p)
+    assert "inpainting checkpoint" in str(refused.value.detail)
+
+
+@pytest.mark.parametrize("film", ["sampling", "both"])
+def test_an_interrupted_film_keeps_what_it_has(host: SimpleNamespace, monkeypatch: Any, film: str) -> None:
+    """The steps that were sampled are shown, and the animation is whole."""
+    from modules import sd_samplers_cfg_denoiser
+
+    forward, count = sd_samplers_cfg_denoiser.CFGDenoiser.forward, itertools.count(1)
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        made = forward(*args, **kwargs)
+        host.shared.state.interrupted = next(count) >= 3
+        return made
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", stopping)
+    p = host.make(({"output": ["init", "frames", "animation"], "film": film},), is_api=True)
+    processed = host.processing.process_images(p)
+    notes = processed.extra_generation_params["Unsampler images"]
+    steps = [note["step"] for note in notes if note.get("part") == "sampling"]
+    assert len(steps) >= 2 and steps == sorted(steps) and "animation" in [note["kind"] for note in notes]
 
 
 @pytest.mark.parametrize("sampler", STEPPING)

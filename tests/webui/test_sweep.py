@@ -137,6 +137,31 @@ def test_independent_noise_starts_from_its_own_levels(host: SimpleNamespace) -> 
     assert len(own) == len(shared) and own[1] != shared[1]
 
 
+def test_hooks_of_other_extensions_run_as_often_as_without(host: SimpleNamespace) -> None:
+    """Each of the host's hooks once for a request, a batch or a picture, however many levels are sampled."""
+    seen: list[str] = []
+
+    class Neighbour:
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            return lambda *_, **__: seen.append(name) if "process" in name else None
+
+    def hooks(settings: dict[str, Any] | None) -> list[str]:
+        seen.clear()
+        p = host.make(() if settings is None else (settings,), batch_size=2)
+        p.scripts.others.append(Neighbour())
+        try:
+            host.processing.process_images(p)
+        finally:
+            p.scripts.others.clear()
+        return list(seen)
+
+    without = hooks(None)
+    assert "postprocess_image" in without and "postprocess" in without
+    assert hooks(SWEEP) == without
+
+
 def test_an_interrupt_keeps_what_is_done(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from modules import sd_samplers_cfg_denoiser
 
