@@ -5,6 +5,7 @@ Run with ``-m live`` where Playwright and a Chromium are (``CHROMIUM`` names ano
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from PIL import Image
 from test_clients import served
-from test_live import URL, img2img
+from test_live import URL, apart, as_base64, img2img, pixels
 from test_settings import requests
 
 from lib_unsampler.settings import OUTPUTS, Settings, parse, surface_fields, to_infotext
@@ -217,6 +220,41 @@ def test_the_estimate_is_of_the_size_that_resize_by_makes(page: Any) -> None:
 def size_said(text: str) -> float:
     number, unit = re.search(r"about ([\d.e+]+) (B|kB|MB) GIF", text).groups()
     return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
+
+
+def test_a_map_guides_from_inpaint_upload(page: Any, tmp_path: Path) -> None:
+    """Black on the left, grey on the right: the API's picture of the same request, and the source on the left."""
+    photo = Path(__file__).resolve().parents[2] / "lib_unsampler/assets/cat.jpg"
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(160, (64, 0, 128, 128))
+    mask.save(tmp_path / "map.png")
+    with Image.open(photo) as read:
+        read.convert("RGB").resize((128, 128)).save(tmp_path / "cat.png")
+    asked = {"output": ["guide"], "guide_weight": "map"}
+    lines = ", ".join(f"{key}: {quoted(value)}" for key, value in to_infotext(parse(asked, "host"), "host").items())
+    written = "Denoising strength: 0.8, Unsampler version: 0"
+    paste(page, f"pasted\nSteps: 8, Sampler: Euler, CFG scale: 2, Seed: 5, Size: 128x128, {written}, {lines}")
+    page.locator("#mode_img2img > div.tab-nav button:has-text('Inpaint upload')").click()
+    page.locator("#img_inpaint_base input[type=file]").set_input_files(str(tmp_path / "cat.png"))
+    page.locator("#img_inpaint_mask input[type=file]").set_input_files(str(tmp_path / "map.png"))
+    page.wait_for_timeout(1500)
+    put(page, "#img2img_mask_blur", 0)
+    page.click("#img2img_generate")
+    gallery = page.locator("#img2img_gallery img")
+    gallery.first.wait_for(timeout=120000)
+    page.wait_for_timeout(3000)
+    made = Image.open(io.BytesIO(page.request.get(gallery.first.evaluate("image => image.src")).body())).convert("RGB")
+    with Image.open(tmp_path / "cat.png") as cat:
+        fields = {"init_images": [as_base64(cat)], "mask": as_base64(mask), "mask_blur": 0, "inpainting_fill": 1}
+        own = {"prompt": "pasted", "steps": 8, "cfg_scale": 2, "seed": 5, "sampler_name": "Euler", "width": 128}
+        reply = img2img(asked, denoising_strength=0.8, height=128, **own, **fields)
+        source = img2img(denoising_strength=0.0, height=128, **own, **{**fields, "mask": None})
+    assert made.size == (128, 128)
+    assert apart(made.tobytes(), pixels(reply)[0]) <= 3  # each request's autoencoder draws for itself
+    left, right = ((side, 0, side + 48, 128) for side in (0, 80))
+    plain = Image.frombytes("RGB", (128, 128), pixels(source)[0])
+    moved = [np.abs(np.asarray(made.crop(box), float) - np.asarray(plain.crop(box))).mean() for box in (left, right)]
+    assert moved[0] < moved[1] / 2
 
 
 def test_no_error_is_ours(page: Any) -> None:
