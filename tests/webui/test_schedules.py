@@ -183,3 +183,66 @@ def assert_comes_back(host: SimpleNamespace, scheduler: str, steps: int) -> None
     assert rms(p.latest_samples, p.init_latent) < 1e-5 or any("not converged" in text for text in p.comments), scheduler
     p, _ = host.run({"mode": "replay", "output": ["init"]}, sampler_name="Euler a", **fields)
     assert rms(p.latest_samples, p.init_latent) < 1e-6, scheduler
+
+
+@pytest.fixture
+def shifting(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """As Neo's engines with use_shift: the request's own shift is set on the model at the start of ``p.sample``.
+
+    Zero terminal SNR is set on the model at that place too, in every host.
+    """
+    kind, sampler = host.processing.StableDiffusionProcessingImg2Img, sys.modules["modules.sd_samplers_kdiffusion"]
+    sample, get_sigmas = kind.sample, sampler.KDiffusionSampler.get_sigmas
+
+    def sample_shifted(p: Any, *args: Any, **kwargs: Any) -> Any:
+        p.sd_model.shift = p.cfg_scale
+        return sample(p, *args, **kwargs)
+
+    def shifted_sigmas(self: Any, p: Any, steps: int) -> torch.Tensor:
+        return get_sigmas(self, p, steps) * getattr(p.sd_model, "shift", 1.0)
+
+    monkeypatch.setattr(kind, "sample", sample_shifted)
+    monkeypatch.setattr(sampler.KDiffusionSampler, "get_sigmas", shifted_sigmas)
+    return host
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "replay"}])
+def test_a_file_is_held_to_the_schedule_of_its_own_request(shifting: SimpleNamespace, settings: dict[str, Any]) -> None:
+    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0}
+    first, processed = shifting.run({"output": ["init", "latents"], **settings}, cfg_scale=3, **fields)
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
+    again = {"output": ["init"], "trajectory": name, **settings}
+    for _ in range(2):  # after a request with the same shift, and after one with another
+        p, _ = shifting.run(again, cfg_scale=3, **fields)
+        assert torch.equal(p.latest_samples, first.latest_samples)
+        shifting.run(cfg_scale=1, **fields)
+
+
+def test_a_file_of_another_shift_is_refused_before_any_model_call(
+    shifting: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+
+    fields = {"sampler_name": "Euler", "denoising_strength": 1.0}
+    _, processed = shifting.run({"output": ["init", "latents"]}, cfg_scale=3, **fields)
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
+    called, forward = [], CFGDenoiser.forward
+    monkeypatch.setattr(CFGDenoiser, "forward", lambda *args, **kwargs: called.append(1) or forward(*args, **kwargs))
+    with pytest.raises(HTTPException, match="trajectory: .* made on another schedule") as caught:
+        shifting.run({"output": ["init"], "trajectory": name}, cfg_scale=1, **fields)  # the model's is 3 until then
+    assert caught.value.status_code == 422 and not called
+    plain, _ = shifting.run(cfg_scale=1, **fields)
+    assert called and not vars(plain).get("batch_unsampler")
+
+
+def test_what_the_schedule_decides_is_said_of_its_own_request(shifting: SimpleNamespace) -> None:
+    """``end_at_sigma`` and the limit of megapixels: both count levels."""
+    shifting.run(cfg_scale=1)
+    settings = {"output": ["frames"], "end_at_sigma": 14.7, "include_clean": False}
+    frames = {cfg: len(shifting.run(settings, cfg_scale=cfg, steps=8)[1].images) for cfg in (3, 1, 3)}
+    assert frames[1] == 8 > frames[3]
+    shifting.shared.opts.batch_unsampler_megapixels = 1  # 244 frames
+    shifting.run(cfg_scale=1)
+    assert 150 < len(shifting.run(settings, cfg_scale=3, steps=300)[1].images) < 244
+    with pytest.raises(HTTPException, match="steps: 300 give 300 frames .* megapixels"):
+        shifting.run(settings, cfg_scale=1, steps=300)
