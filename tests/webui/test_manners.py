@@ -25,6 +25,8 @@ from lib_unsampler.webui import routes
 class AxisOption(SimpleNamespace):
     """The plot's own class takes the same arguments (tests/test_contract.py)."""
 
+    is_img2img = True
+
     def __init__(self, label: str, type: type, apply: Any, confirm: Any = None, choices: Any = None) -> None:
         super().__init__(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
 
@@ -34,7 +36,7 @@ def plot(host: SimpleNamespace) -> SimpleNamespace:
     """The plot's module, after the host has called what the script registered, twice."""
     from modules import script_callbacks, scripts
 
-    module = SimpleNamespace(axis_options=[AxisOption("Nothing", str, None)], AxisOptionImg2Img=AxisOption)
+    module = SimpleNamespace(axis_options=[AxisOption("Nothing", str, None)])
     plot_class = type("Script", (), {"__module__": "xyz_grid.py"})
     scripts.scripts_data[:] = [SimpleNamespace(script_class=plot_class, module=module)]
     for callback in script_callbacks.registered["before_ui"] * 2:
