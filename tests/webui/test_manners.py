@@ -252,14 +252,20 @@ def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespa
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(
-    host: SimpleNamespace, settings: dict[str, Any], request_: dict[str, Any], said: str
+    host: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    request_: dict[str, Any],
+    said: str,
 ) -> None:
+    from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+
     name = kept(host, {})
     parameterization = request_.pop("parameterization", "eps")
     p = host.make(({"output": ["init"], "trajectory": name, **settings},), **request_)
     p.sd_model = copy.copy(p.sd_model)
     p.sd_model.parameterization = parameterization
-    p.sample = lambda *_: pytest.fail("work was begun")
+    monkeypatch.setattr(CFGDenoiser, "forward", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(HTTPException) as refused:
         host.processing.process_images(p)
     assert refused.value.status_code == 422 and said in str(refused.value)

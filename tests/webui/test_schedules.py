@@ -73,23 +73,35 @@ def test_init_is_plain_img2img_and_its_file_gives_it_again(
     assert torch.equal(again.latest_samples, plain.latest_samples)
 
 
+@pytest.fixture
+def no_work(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every model call and every decoding say that it was begun."""
+    from modules import processing, sd_samplers_cfg_denoiser
+
+    def begun(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", begun)
+    monkeypatch.setattr(processing, "decode_latent_batch", begun)
+
+
 @schedules
-def test_frames_and_limits_count_the_host_s_own_levels(host: SimpleNamespace, scheduler: str, steps: int) -> None:
+def test_frames_count_the_host_s_own_levels(host: SimpleNamespace, scheduler: str, steps: int) -> None:
     count = len(host_schedule(host, scheduler, steps)) - 1
     _, processed = host.run({"output": ["frames"]}, scheduler=scheduler, steps=steps)
     assert len(processed.images) == count + 1
+
+
+@schedules
+def test_limits_count_the_host_s_own_levels(host: SimpleNamespace, no_work: None, scheduler: str, steps: int) -> None:
+    count = len(host_schedule(host, scheduler, steps)) - 1
     host.shared.opts.batch_unsampler_megapixels = 1
     most = int(1e6 / 64 / (count + 1))  # of 8 x 8 pixels
-
-    def begun(*_: Any) -> None:
-        raise InterruptedError
-
     for width, said in (
         (8 * most, None),
         (8 * most + 8, f"steps: {steps} give {count + 1} frames of 1 x {8 * most + 8}"),
     ):
         p = host.make(({"output": ["frames"]},), scheduler=scheduler, steps=steps, width=width, height=8)
-        p.sample = begun
         with pytest.raises(InterruptedError if said is None else HTTPException, match=said):
             host.processing.process_images(p)
 
@@ -105,14 +117,13 @@ def test_an_end_that_only_the_schedule_has_is_clamped_to_img2img_s(host: SimpleN
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [3.0, float("nan"), 0.0], [2.0, 2.0], []])
 def test_no_schedule_is_refused_by_name_before_work(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, sigmas: list[float]
+    host: SimpleNamespace, no_work: None, monkeypatch: pytest.MonkeyPatch, sigmas: list[float]
 ) -> None:
     from modules import sd_schedulers
 
     monkeypatch.setitem(sd_schedulers.schedulers_map, "Odd", lambda *_: torch.tensor(sigmas))
     for settings in ({"output": ["frames"]}, {"output": ["init"]}, {"mode": "invert", "output": ["init"]}):
         p = host.make((settings,), scheduler="Odd")
-        p.sample = lambda *_: pytest.fail("work was begun")
         with pytest.raises(HTTPException, match="scheduler: 'Odd' with 8 steps cannot be walked: schedule:"):
             host.processing.process_images(p)
 
@@ -219,20 +230,17 @@ def test_a_file_is_held_to_the_schedule_of_its_own_request(shifting: SimpleNames
 
 
 def test_a_file_of_another_shift_is_refused_before_any_model_call(
-    shifting: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    shifting: SimpleNamespace, request: pytest.FixtureRequest
 ) -> None:
-    from modules.sd_samplers_cfg_denoiser import CFGDenoiser
-
     fields = {"sampler_name": "Euler", "denoising_strength": 1.0}
     _, processed = shifting.run({"output": ["init", "latents"]}, cfg_scale=3, **fields)
     (name,) = processed.extra_generation_params["Unsampler latents names"]
-    called, forward = [], CFGDenoiser.forward
-    monkeypatch.setattr(CFGDenoiser, "forward", lambda *args, **kwargs: called.append(1) or forward(*args, **kwargs))
+    request.getfixturevalue("no_work")
     with pytest.raises(HTTPException, match="trajectory: .* made on another schedule") as caught:
         shifting.run({"output": ["init"], "trajectory": name}, cfg_scale=1, **fields)  # the model's is 3 until then
-    assert caught.value.status_code == 422 and not called
-    plain, _ = shifting.run(cfg_scale=1, **fields)
-    assert called and not vars(plain).get("batch_unsampler")
+    assert caught.value.status_code == 422
+    with pytest.raises(InterruptedError):
+        shifting.run(cfg_scale=1, **fields)
 
 
 def test_what_the_schedule_decides_is_said_of_its_own_request(shifting: SimpleNamespace) -> None:
