@@ -200,7 +200,7 @@ def test_the_estimate_is_of_the_size_that_resize_by_makes(page: Any) -> None:
     cost.filter(has_text="about").wait_for()
     page.wait_for_timeout(1500)
     before = cost.text_content()
-    page.locator("#img2img_tabs_resize button", has_text="Resize by").click()
+    page.locator("#tab_img2img button:visible", has_text="Resize by").click()
     page.locator("#img2img_scale input[type=number]").fill("0.5")
     page.locator("#img2img_scale input[type=number]").press("Tab")
     page.locator("#img2img_scale input[type=range]").dispatch_event("pointerup")
@@ -210,7 +210,7 @@ def test_the_estimate_is_of_the_size_that_resize_by_makes(page: Any) -> None:
     width, height = (int(side) for side in said.text_content().split("x"))
     resized = cost.text_content()
     assert size_said(resized) / size_said(before) == pytest.approx(width * height / 128**2, rel=0.03)
-    page.locator("#img2img_tabs_resize button", has_text="Resize to").click()
+    page.locator("#tab_img2img button:visible", has_text="Resize to").click()
     cost.filter(has_text=before).wait_for()
 
 

@@ -254,3 +254,20 @@ def test_what_the_schedule_decides_is_said_of_its_own_request(shifting: SimpleNa
     assert 150 < len(shifting.run(settings, cfg_scale=3, steps=300)[1].images) < 244
     with pytest.raises(HTTPException, match="steps: 300 give 300 frames .* megapixels"):
         shifting.run(settings, cfg_scale=1, steps=300)
+
+
+def test_a_host_without_schedulers_of_their_own(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forge Classic: the sampler's name says the scheduler, and a request has none."""
+    from modules.sd_samplers_kdiffusion import KDiffusionSampler
+
+    get_sigmas = KDiffusionSampler.get_sigmas
+
+    def own_sigmas(self: Any, p: Any, steps: int) -> torch.Tensor:
+        return get_sigmas(self, SimpleNamespace(**{**vars(p), "scheduler": "Karras"}), steps)
+
+    p = host.make(({"output": ["init", "latents"]},))
+    del p.scheduler
+    monkeypatch.delattr(type(p), "scheduler")
+    monkeypatch.setattr(KDiffusionSampler, "get_sigmas", own_sigmas)
+    (saved,) = latents_of(host.processing.process_images(p))
+    assert saved.info["scheduler"] == "Automatic"
