@@ -23,10 +23,11 @@ def register() -> None:
     if plot is None:
         return
     there = {option.label for option in plot.axis_options}
-    plot.axis_options += [axis for f in surface_fields("host") for axis in _axes(plot, f) if axis.label not in there]
+    kind = next(type(option) for option in plot.axis_options if getattr(option, "is_img2img", False))
+    plot.axis_options += [axis for f in surface_fields("host") for axis in _axes(kind, f) if axis.label not in there]
 
 
-def _axes(plot: Any, f: Any) -> list[Any]:
+def _axes(kind_of_axis: Any, f: Any) -> list[Any]:
     """A field's axis; none for a field of free text, which says nothing on a grid."""
     kind, choices = type(f.default), f.metadata["choices"]
     if kind is bool:
@@ -34,7 +35,7 @@ def _axes(plot: Any, f: Any) -> list[Any]:
     if kind is str and choices is None:
         return []
     return [
-        plot.AxisOptionImg2Img(
+        kind_of_axis(
             PREFIX + f.name.replace("_", " "),
             _Number(f) if kind in (int, float) else str,
             _apply(f),

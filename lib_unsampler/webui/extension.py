@@ -210,7 +210,7 @@ class Request:
     def _check(self) -> None:
         p, sampler = self.p, make_sampler(self.p)
         try:
-            self.saved = refusals.check(p, self.settings, sampler, self.preferences.megapixels)
+            self.saved = refusals.check(p, self.settings, sampler)
         except ValueError as error:
             raise RefusedError(f"Batch Unsampler: {error}") from None
         for line in refusals.remarked(p, self.settings, sampler, self.script):
@@ -251,7 +251,9 @@ class Request:
 
     def _start(self, run: BatchRun, batch: Batch) -> Tensor:
         """The host swallows nothing here, but must clean up after its sampling: what fails is raised later."""
+        p, most = self.p, self.preferences.megapixels
         try:
+            refusals.check_schedule(p, self.settings, p.sampler, most, self.saved)
             return run.start(batch)
         except ValueError as error:
             self._keep(RefusedError(f"Batch Unsampler: {error}"))

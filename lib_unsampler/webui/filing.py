@@ -30,7 +30,7 @@ from .driven import Plan
 from .host.codec import latent_scale
 from .host.request import comment
 from .host.saving import temporary_file
-from .host.schedule import timestep
+from .host.schedule import scheduler, timestep
 from .naming import Naming
 from .reply import Reply
 
@@ -205,7 +205,7 @@ def trajectory_of(
         info={
             "model": str(p.sd_model_name),
             "sampler": str(p.sampler_name),
-            "scheduler": str(p.scheduler),
+            "scheduler": scheduler(p),
             "latent format": comfy.form_of(*latent_scale(p.sd_model)),
         },
         **parts,

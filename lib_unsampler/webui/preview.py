@@ -81,7 +81,8 @@ class Foreseen:
     def refused(self) -> list[str]:
         """What the request itself would be refused for."""
         try:
-            refusals.check(self._p, self._settings, self._sampler, preferences().megapixels)
+            asked = (self._p, self._settings, self._sampler)
+            refusals.check_schedule(*asked, preferences().megapixels, refusals.check(*asked))
         except ValueError as error:
             return [str(error)]
         return []

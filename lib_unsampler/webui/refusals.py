@@ -1,4 +1,9 @@
-"""What a request cannot have, found before any work: each error names the field, its value and what is allowed."""
+"""What a request cannot have, found before any work: each error names the field, its value and what is allowed.
+
+What a request says itself is checked before the host begins (:func:`check`). What its schedule decides is checked
+where the host samples (:func:`check_schedule`), before any model call: only there has the host set all that the
+schedule depends on (Neo's shift, zero terminal SNR, what other extensions put on the model).
+"""
 
 from __future__ import annotations
 
@@ -31,12 +36,11 @@ from .host.schedule import (
 )
 
 
-def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | None:
-    """Refuses what cannot be done here; reads the latents file that is asked for, if one is.
+def check(p: Any, settings: Settings, sampler: Any) -> Trajectory | None:
+    """Refuses what cannot be done here, whatever the schedule; reads the latents file that is asked for, if one is.
 
     Arguments:
         sampler: The host's, as it would sample this request.
-        most: Megapixels of frames that the WebUI's owner allows.
 
     Raises:
         ValueError: saying why.
@@ -46,12 +50,28 @@ def check(p: Any, settings: Settings, sampler: Any, most: int) -> Trajectory | N
     _check_sampler(p, settings, sampler)
     _check_onward(p, settings, sampler)
     _check_strength(p, settings)
-    if settings.trajectory:
-        return _fitting(p, settings, sampler)
+    return _fitting(p, settings) if settings.trajectory else None
+
+
+def check_schedule(p: Any, settings: Settings, sampler: Any, most: int, file: Trajectory | None) -> None:
+    """Refuses what cannot be done on the schedule that the host samples with.
+
+    Arguments:
+        sampler: The host's, when all that its schedule depends on is set.
+        most: Megapixels of frames that the WebUI's owner allows.
+        file: What :func:`check` has read.
+
+    Raises:
+        ValueError: saying why.
+    """
+    if file is not None:
+        schedule = get_sigmas(p, sampler, img2img_steps(p)[0]) if settings.samples else None
+        if schedule is not None and (why := saved.other_schedule(file, schedule)):
+            raise ValueError(f"trajectory: {settings.trajectory!r} does not fit: {why}")
+        return
     walked = asked_levels(p, settings, sampler)
     if set(settings.output) - (SAMPLING - {"strength sweep"}):
         _check_work(p, settings, asked_steps(p, settings, sampler)[0], walked, most)
-    return None
 
 
 def remarked(p: Any, settings: Settings, sampler: Any, script: str | None) -> list[str]:
@@ -156,7 +176,7 @@ def _check_onward(p: Any, settings: Settings, sampler: Any) -> None:
         raise ValueError(f"guide_weight: 'map' does not go with an inpainting checkpoint ({p.sd_model_name})")
 
 
-def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
+def _fitting(p: Any, settings: Settings) -> Trajectory:
     name = settings.trajectory
     try:
         file = shelf.read(output_folder(), name)
@@ -165,9 +185,8 @@ def _fitting(p: Any, settings: Settings, sampler: Any) -> Trajectory:
     if settings.mode == "replay" and file.replay is None:
         raise ValueError(f"trajectory: {name!r} holds no noises to replay; it was not made with mode replay")
     images = len(p.init_images) if len(p.init_images) > 1 else p.batch_size
-    schedule = get_sigmas(p, sampler, img2img_steps(p)[0]) if settings.samples else None
     size = (p.height // factor(), p.width // factor())
-    why = saved.refusal(file, prediction_type(p.sd_model), images, size, schedule, factor())
+    why = saved.refusal(file, prediction_type(p.sd_model), images, size, factor())
     if why:
         raise ValueError(f"trajectory: {name!r} does not fit: {why}")
     if "guide" in settings.output and (why := unguidable(file)):

@@ -12,16 +12,13 @@ from ..core.trajectory import Trajectory
 from .driven import Plan
 
 
-def refusal(
-    saved: Trajectory, prediction: str, images: int, size: tuple[int, int], schedule: Tensor | None, factor: int
-) -> str | None:
-    """Why a trajectory cannot be used, if it cannot.
+def refusal(saved: Trajectory, prediction: str, images: int, size: tuple[int, int], factor: int) -> str | None:
+    """Why a trajectory cannot be used, whatever the schedule, if it cannot.
 
     Arguments:
         prediction: The loaded model's prediction type.
         images: Images in each batch of the request; a file of one picture serves each of them.
         size: Height and width of its latents.
-        schedule: The schedule that sampling goes on with, with shape (n + 1); None where nothing is sampled.
         factor: How many times as long as its latents' a picture's side is.
     """
     if saved.prediction != prediction:
@@ -31,15 +28,20 @@ def refusal(
         held = f"{len(saved.source)} of {factor * width} x {factor * height}"
         asked = f"{images} of {factor * size[1]} x {factor * size[0]}"
         return f"it holds other pictures: {held}, and a batch of this request is {asked}"
-    if schedule is not None and not _same(saved.schedule, schedule):
-        held, asked = _said(saved.schedule), _said(schedule)
-        if held == asked:
-            held, asked = _apart(saved.schedule, schedule)
-        return (
-            f"it was made on another schedule: {held}, and this sampler, scheduler, steps and "
-            f"denoising strength give {asked}"
-        )
     return None
+
+
+def other_schedule(saved: Trajectory, schedule: Tensor) -> str | None:
+    """Why a trajectory cannot be sampled on from, on a schedule with shape (n + 1), if it cannot."""
+    if _same(saved.schedule, schedule):
+        return None
+    held, asked = _said(saved.schedule), _said(schedule)
+    if held == asked:
+        held, asked = _apart(saved.schedule, schedule)
+    return (
+        f"it was made on another schedule: {held}, and this sampler, scheduler, steps and "
+        f"denoising strength give {asked}"
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

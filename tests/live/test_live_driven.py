@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 STOCHASTIC = ("Euler a", "DPM2 a", "DPM++ 2S a", "DPM++ SDE", "DPM++ 2M SDE", "DPM++ 3M SDE", "LCM")
 DETERMINISTIC = ("Euler", "Heun", "DPM2")
+REPLAY = {"mode": "replay", "cfg": 3, "output": ["init", "frames"], "step_increment": 100}
 WHOLE = {"mask": None, "denoising_strength": 1.0}
 """The whole picture, encoded by the host, from pure noise."""
 
@@ -55,6 +57,52 @@ def own_and_source(settings: dict[str, Any], **fields: Any) -> tuple[str, str]:
 def test_a_replay_is_the_source(name: str, cfg: float) -> None:
     own, source = own_and_source({"mode": "replay", "cfg": cfg}, sampler_name=name, cfg_scale=cfg)
     assert same(own, source)
+
+
+@pytest.fixture(scope="module")
+def replayed() -> bytes:
+    """A repeatable source as *Euler a* gives it back."""
+    reply = img2img(REPLAY, sampler_name="Euler a")
+    assert same(reply["images"][-1], reply["images"][0])
+    return pixels(reply)[-1]
+
+
+@pytest.mark.parametrize("name", samplers())
+def test_every_sampler_gives_the_same_source_back_or_is_refused_by_name(name: str, replayed: bytes) -> None:
+    reply = img2img(REPLAY, sampler_name=name)
+    if "status" in reply:
+        assert reply["status"] == 422 and re.search(r"(sampler|mode|eta|s_noise): |" + re.escape(name), reply["detail"])
+        assert name not in STOCHASTIC
+        return
+    assert pixels(reply)[-1] == replayed
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"distilled_cfg_scale": 2}, {"distilled_cfg_scale": 1}),
+        tuple({"override_settings": {"sd_noise_schedule": kind}} for kind in ("Zero Terminal SNR", "Default")),
+    ],
+)
+def test_a_file_is_held_to_its_own_request_s_schedule(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Whatever schedule the request before had: Neo sets a shift, and all hosts set zero terminal SNR, on the model."""
+    fields = {"sampler_name": "Euler", "cfg_scale": 1, "steps": 4}
+    highest = img2img({"output": ["frames"]}, **fields)["params"]["Unsampler sigmas"][-1]
+    if highest <= 1 and "override_settings" in one:
+        pytest.skip("a flow model, for which the hosts themselves fail with zero terminal SNR")
+    img2img(**fields, **one)  # A1111 samples the first img2img on the schedule of the request before
+    made = img2img({"output": ["init", "latents"]}, **fields, **one)
+    (name,) = made["params"]["Unsampler latents names"]
+    schedules = [img2img({"output": ["frames"]}, **fields, **which) for which in (other, other, one, one)]
+    differ = len({str(reply["params"]["Unsampler sigmas"]) for reply in schedules[1::2]}) == 2
+    for which in (one, other):
+        img2img(**fields, **which)
+        reply = img2img({"output": ["init"], "trajectory": name}, **fields, **which)
+        if which is one or not differ:
+            assert opened(reply["images"][-1]).tobytes() == opened(made["images"][-1]).tobytes()
+        else:
+            assert reply["status"] == 422 and "another schedule" in reply["detail"]
+    img2img(**fields, **other)
 
 
 def test_a_replay_with_prompt_editing_two_batches_and_a_mask() -> None:

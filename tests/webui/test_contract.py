@@ -111,13 +111,14 @@ FACTS = {
     ],
     "rng.py": ["self.generators = [create_generator(seed + eta_noise_seed_delta) for seed in self.seeds]"],
     "images.py": [
-        "if shared.opts.save_images_replace_action != 'Replace':",
+        "if shared.opts.save_images_replace_action != ",
+        "fullfn = os.path.join(path, f'{forced_filename}.{extension}')",
         "self.p.batch_index + 1",
         "temp_file_path = f'{filename_without_extension}.tmp'",
         "image.already_saved_as = fullfn",
     ],
     "scripts.py": ["script_index = args[0]", "script = self.selectable_scripts[script_index-1]"],
-    "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image):", "textinfo = None"],
+    "shared_state.py": ["def nextjob(self):", "def assign_current_image(self, image", "textinfo = None"],
     "ui_components.py": ['"elem_id": f"{self.accordion_id}-checkbox",'],
     "ui_tempdir.py": ["already_saved_as = getattr(pil_image, 'already_saved_as', None)"],
     "api/api.py": ["if isinstance(image, str):", "status_code=vars(e).get('status_code', 500)"],
@@ -191,7 +192,8 @@ def test_the_host_names_its_prediction_type_where_we_look(host: Path) -> None:
     predictor = host.parent / "backend/modules/k_prediction.py"
     comfy = host.parent / "ldm_patched/modules/model_sampling.py"
     if predictor.exists():
-        assert folded("'epsilon', 'const', 'v_prediction', 'edm']") in source(host, predictor)
+        named = ("self.prediction_type = prediction_type", "prediction_type='const'", "== 'v_prediction'")
+        assert [text for text in named if folded(text) not in source(host, predictor)] == []
     elif comfy.exists():
         assert "class V_PREDICTION(EPS):" in comfy.read_text(encoding="utf-8")
     else:

@@ -405,24 +405,30 @@ def test_file_names_know_which_image_they_are_of(host: SimpleNamespace, monkeypa
     assert all(index == (seed - 5) % 2 for _, seed, index in seen)
 
 
-@pytest.mark.parametrize("action", ["Replace", "Add number suffix"])
+@pytest.mark.parametrize("choices", [("Replace", "Add number suffix"), ("Override", "Number Suffix")])
+@pytest.mark.parametrize("replaces", [True, False])
 def test_files_replace_others_only_where_the_host_s_do(
-    host: SimpleNamespace, action: str, monkeypatch: pytest.MonkeyPatch
+    host: SimpleNamespace, choices: tuple[str, str], replaces: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A1111's and Forge's words for it, and Neo's."""
     from modules import images
 
     def always_the_same_name(image: Image.Image, path: str, *args: Any, **kwargs: Any) -> Any:
-        name = Path(path) / "cat.png"
+        stem = kwargs.get("forced_filename") or "cat"
+        name, number = Path(path) / f"{stem}.png", 0
         name.parent.mkdir(exist_ok=True)
+        while name.exists() and host.shared.opts.save_images_replace_action != choices[0]:
+            number += 1
+            name = name.with_name(f"{stem}-{number}.png")
         image.save(name)
         return str(name), None
 
     monkeypatch.setattr(images, "save_image", always_the_same_name)
-    monkeypatch.setattr(host.shared.opts, "save_images_replace_action", action)
+    monkeypatch.setattr(host.shared.opts, "save_images_replace_action", choices[0 if replaces else 1])
     for _ in range(3):
         host.run({"output": ["animation"]})
     names = {path.name for path in host.out.iterdir()}
-    assert names == ({"cat.gif"} if action == "Replace" else {"cat.gif", "cat-1.gif", "cat-2.gif"})
+    assert names == ({"cat.gif"} if replaces else {"cat.gif", "cat-1.gif", "cat-2.gif"})
 
 
 class Loopback:

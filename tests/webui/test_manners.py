@@ -25,6 +25,8 @@ from lib_unsampler.webui import routes
 class AxisOption(SimpleNamespace):
     """The plot's own class takes the same arguments (tests/test_contract.py)."""
 
+    is_img2img = True
+
     def __init__(self, label: str, type: type, apply: Any, confirm: Any = None, choices: Any = None) -> None:
         super().__init__(label=label, type=type, apply=apply, confirm=confirm, choices=choices)
 
@@ -34,7 +36,7 @@ def plot(host: SimpleNamespace) -> SimpleNamespace:
     """The plot's module, after the host has called what the script registered, twice."""
     from modules import script_callbacks, scripts
 
-    module = SimpleNamespace(axis_options=[AxisOption("Nothing", str, None)], AxisOptionImg2Img=AxisOption)
+    module = SimpleNamespace(axis_options=[AxisOption("Nothing", str, None)])
     plot_class = type("Script", (), {"__module__": "xyz_grid.py"})
     scripts.scripts_data[:] = [SimpleNamespace(script_class=plot_class, module=module)]
     for callback in script_callbacks.registered["before_ui"] * 2:
@@ -250,14 +252,20 @@ def test_a_file_that_starts_elsewhere_overrides_the_strength(host: SimpleNamespa
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(
-    host: SimpleNamespace, settings: dict[str, Any], request_: dict[str, Any], said: str
+    host: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    request_: dict[str, Any],
+    said: str,
 ) -> None:
+    from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+
     name = kept(host, {})
     parameterization = request_.pop("parameterization", "eps")
     p = host.make(({"output": ["init"], "trajectory": name, **settings},), **request_)
     p.sd_model = copy.copy(p.sd_model)
     p.sd_model.parameterization = parameterization
-    p.sample = lambda *_: pytest.fail("work was begun")
+    monkeypatch.setattr(CFGDenoiser, "forward", lambda *_, **__: pytest.fail("work was begun"))
     with pytest.raises(HTTPException) as refused:
         host.processing.process_images(p)
     assert refused.value.status_code == 422 and said in str(refused.value)

@@ -73,23 +73,35 @@ def test_init_is_plain_img2img_and_its_file_gives_it_again(
     assert torch.equal(again.latest_samples, plain.latest_samples)
 
 
+@pytest.fixture
+def no_work(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every model call and every decoding say that it was begun."""
+    from modules import processing, sd_samplers_cfg_denoiser
+
+    def begun(*_: Any, **__: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", begun)
+    monkeypatch.setattr(processing, "decode_latent_batch", begun)
+
+
 @schedules
-def test_frames_and_limits_count_the_host_s_own_levels(host: SimpleNamespace, scheduler: str, steps: int) -> None:
+def test_frames_count_the_host_s_own_levels(host: SimpleNamespace, scheduler: str, steps: int) -> None:
     count = len(host_schedule(host, scheduler, steps)) - 1
     _, processed = host.run({"output": ["frames"]}, scheduler=scheduler, steps=steps)
     assert len(processed.images) == count + 1
+
+
+@schedules
+def test_limits_count_the_host_s_own_levels(host: SimpleNamespace, no_work: None, scheduler: str, steps: int) -> None:
+    count = len(host_schedule(host, scheduler, steps)) - 1
     host.shared.opts.batch_unsampler_megapixels = 1
     most = int(1e6 / 64 / (count + 1))  # of 8 x 8 pixels
-
-    def begun(*_: Any) -> None:
-        raise InterruptedError
-
     for width, said in (
         (8 * most, None),
         (8 * most + 8, f"steps: {steps} give {count + 1} frames of 1 x {8 * most + 8}"),
     ):
         p = host.make(({"output": ["frames"]},), scheduler=scheduler, steps=steps, width=width, height=8)
-        p.sample = begun
         with pytest.raises(InterruptedError if said is None else HTTPException, match=said):
             host.processing.process_images(p)
 
@@ -105,14 +117,13 @@ def test_an_end_that_only_the_schedule_has_is_clamped_to_img2img_s(host: SimpleN
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [3.0, float("nan"), 0.0], [2.0, 2.0], []])
 def test_no_schedule_is_refused_by_name_before_work(
-    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, sigmas: list[float]
+    host: SimpleNamespace, no_work: None, monkeypatch: pytest.MonkeyPatch, sigmas: list[float]
 ) -> None:
     from modules import sd_schedulers
 
     monkeypatch.setitem(sd_schedulers.schedulers_map, "Odd", lambda *_: torch.tensor(sigmas))
     for settings in ({"output": ["frames"]}, {"output": ["init"]}, {"mode": "invert", "output": ["init"]}):
         p = host.make((settings,), scheduler="Odd")
-        p.sample = lambda *_: pytest.fail("work was begun")
         with pytest.raises(HTTPException, match="scheduler: 'Odd' with 8 steps cannot be walked: schedule:"):
             host.processing.process_images(p)
 
@@ -183,3 +194,80 @@ def assert_comes_back(host: SimpleNamespace, scheduler: str, steps: int) -> None
     assert rms(p.latest_samples, p.init_latent) < 1e-5 or any("not converged" in text for text in p.comments), scheduler
     p, _ = host.run({"mode": "replay", "output": ["init"]}, sampler_name="Euler a", **fields)
     assert rms(p.latest_samples, p.init_latent) < 1e-6, scheduler
+
+
+@pytest.fixture
+def shifting(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """As Neo's engines with use_shift: the request's own shift is set on the model at the start of ``p.sample``.
+
+    Zero terminal SNR is set on the model at that place too, in every host.
+    """
+    kind, sampler = host.processing.StableDiffusionProcessingImg2Img, sys.modules["modules.sd_samplers_kdiffusion"]
+    sample, get_sigmas = kind.sample, sampler.KDiffusionSampler.get_sigmas
+
+    def sample_shifted(p: Any, *args: Any, **kwargs: Any) -> Any:
+        p.sd_model.shift = p.cfg_scale
+        return sample(p, *args, **kwargs)
+
+    def shifted_sigmas(self: Any, p: Any, steps: int) -> torch.Tensor:
+        return get_sigmas(self, p, steps) * getattr(p.sd_model, "shift", 1.0)
+
+    monkeypatch.setattr(kind, "sample", sample_shifted)
+    monkeypatch.setattr(sampler.KDiffusionSampler, "get_sigmas", shifted_sigmas)
+    return host
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "replay"}])
+def test_a_file_is_held_to_the_schedule_of_its_own_request(shifting: SimpleNamespace, settings: dict[str, Any]) -> None:
+    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0}
+    first, processed = shifting.run({"output": ["init", "latents"], **settings}, cfg_scale=3, **fields)
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
+    again = {"output": ["init"], "trajectory": name, **settings}
+    for _ in range(2):  # after a request with the same shift, and after one with another
+        p, _ = shifting.run(again, cfg_scale=3, **fields)
+        assert torch.equal(p.latest_samples, first.latest_samples)
+        shifting.run(cfg_scale=1, **fields)
+
+
+def test_a_file_of_another_shift_is_refused_before_any_model_call(
+    shifting: SimpleNamespace, request: pytest.FixtureRequest
+) -> None:
+    fields = {"sampler_name": "Euler", "denoising_strength": 1.0}
+    _, processed = shifting.run({"output": ["init", "latents"]}, cfg_scale=3, **fields)
+    (name,) = processed.extra_generation_params["Unsampler latents names"]
+    request.getfixturevalue("no_work")
+    with pytest.raises(HTTPException, match="trajectory: .* made on another schedule") as caught:
+        shifting.run({"output": ["init"], "trajectory": name}, cfg_scale=1, **fields)  # the model's is 3 until then
+    assert caught.value.status_code == 422
+    with pytest.raises(InterruptedError):
+        shifting.run(cfg_scale=1, **fields)
+
+
+def test_what_the_schedule_decides_is_said_of_its_own_request(shifting: SimpleNamespace) -> None:
+    """``end_at_sigma`` and the limit of megapixels: both count levels."""
+    shifting.run(cfg_scale=1)
+    settings = {"output": ["frames"], "end_at_sigma": 14.7, "include_clean": False}
+    frames = {cfg: len(shifting.run(settings, cfg_scale=cfg, steps=8)[1].images) for cfg in (3, 1, 3)}
+    assert frames[1] == 8 > frames[3]
+    shifting.shared.opts.batch_unsampler_megapixels = 1  # 244 frames
+    shifting.run(cfg_scale=1)
+    assert 150 < len(shifting.run(settings, cfg_scale=3, steps=300)[1].images) < 244
+    with pytest.raises(HTTPException, match="steps: 300 give 300 frames .* megapixels"):
+        shifting.run(settings, cfg_scale=1, steps=300)
+
+
+def test_a_host_without_schedulers_of_their_own(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forge Classic: the sampler's name says the scheduler, and a request has none."""
+    from modules.sd_samplers_kdiffusion import KDiffusionSampler
+
+    get_sigmas = KDiffusionSampler.get_sigmas
+
+    def own_sigmas(self: Any, p: Any, steps: int) -> torch.Tensor:
+        return get_sigmas(self, SimpleNamespace(**{**vars(p), "scheduler": "Karras"}), steps)
+
+    p = host.make(({"output": ["init", "latents"]},))
+    del p.scheduler
+    monkeypatch.delattr(type(p), "scheduler")
+    monkeypatch.setattr(KDiffusionSampler, "get_sigmas", own_sigmas)
+    (saved,) = latents_of(host.processing.process_images(p))
+    assert saved.info["scheduler"] == "Automatic"

@@ -12,11 +12,12 @@ from modules import processing, sd_models, shared
 
 from .schedule import has_sigmas, make_sampler
 
-NUMBERS = {
+TOLD = {
+    "scheduler": str,
     **dict.fromkeys(("steps", "width", "height", "batch_size", "n_iter"), int),
     **dict.fromkeys(("denoising_strength", "distilled_cfg_scale"), float),
 }
-"""What the page tells of a request, beside its sampler and scheduler."""
+"""What the page tells of a request. Each host's requests have some of it: Forge Classic's no scheduler."""
 
 
 def loaded_model() -> Any:
@@ -44,7 +45,7 @@ def request(told: Mapping[str, Any], model: Any) -> tuple[Any, Any]:
     """(request, its sampler) as the page's controls stand.
 
     Arguments:
-        told: ``sampler``, ``scheduler`` and any of :data:`NUMBERS`; ``resized``, as WxH, goes before the size there.
+        told: ``sampler`` and any of :data:`TOLD`; ``resized``, as WxH, goes before the size there.
         model: The loaded one.
 
     Raises:
@@ -52,13 +53,13 @@ def request(told: Mapping[str, Any], model: Any) -> tuple[Any, Any]:
     """
     kind = processing.StableDiffusionProcessingImg2Img
     known = {f.name for f in fields(kind)}
-    values = {name: read(told[name]) for name, read in NUMBERS.items() if name in known and name in told}
+    values = {name: read(told[name]) for name, read in TOLD.items() if name in known and name in told}
     size = re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(told.get("resized", "")))
     if size:
         values |= {"width": int(size[1]), "height": int(size[2])}
     if not 1 <= values.get("steps", 1) <= 10000:
         raise ValueError(f"sampling steps: {values['steps']} are not from 1 to 10000")
-    p = kind(sampler_name=str(told["sampler"]), scheduler=str(told.get("scheduler", "Automatic")), **values)
+    p = kind(sampler_name=str(told["sampler"]), **values)
     p.sd_model, p.init_images, p.extra_generation_params = model, [None], {}
     p.sampler = make_sampler(p)
     _shift(p)

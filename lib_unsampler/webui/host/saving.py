@@ -46,9 +46,10 @@ def _save(
     folder: str,
     form: str,
     index: int,
-    text: str,
+    text: str | None,
     suffix: str,
     prepared: png.Prepared | None = None,
+    **more: Any,
 ) -> tuple[Path, ...]:
     """What the host's ``save_image`` writes of a picture; where it fails, what it has begun is taken away."""
     begun: list[Any] = []
@@ -64,7 +65,7 @@ def _save(
     try:
         with attribute(p, "batch_index", index), attribute(picture, "save", noted):  # file name patterns read the first
             written = images.save_image(
-                *(picture, folder, "", p.seeds[index], p.prompts[index], form), info=text, p=p, suffix=suffix
+                *(picture, folder, "", p.seeds[index], p.prompts[index], form), info=text, p=p, suffix=suffix, **more
             )
     except Exception:
         saved = getattr(picture, "already_saved_as", None)  # and then its text file failed
@@ -86,7 +87,7 @@ def save_file(p: Any, made: Path, picture: Image.Image, index: int, text: str, s
     placeholder, *_ = _save(p, picture.copy(), folder or p.outpath_samples, "png", index, text, suffix)
     final = placeholder.with_suffix(made.suffix)
     try:
-        if final != placeholder and shared.opts.save_images_replace_action != "Replace":
+        if final != placeholder and final.exists() and not _replaces(p, placeholder, index):
             final = _free(final)
         with whole(final) as part:
             shutil.copyfile(made, part)
@@ -121,6 +122,16 @@ def saved_item(file: Path, text: str) -> Image.Image:
     picture.info["parameters"] = text
     picture.already_saved_as = str(file)
     return picture
+
+
+def _replaces(p: Any, there: Path, index: int) -> bool:
+    """Whether the host would write over a PNG that is there: it is tried, since each host has words of its own."""
+    named: dict[str, Any] = {"forced_filename": there.stem, "save_to_dirs": False}
+    written = _save(p, Image.new("RGB", (1, 1)), str(there.parent), "png", index, None, "", **named)
+    for file in written:
+        if file != there:
+            file.unlink()
+    return written[0] == there
 
 
 def _free(path: Path) -> Path:

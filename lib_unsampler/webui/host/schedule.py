@@ -60,6 +60,11 @@ def get_sigmas(p: Any, sampler: Any, steps: int) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
+def scheduler(p: Any) -> str:
+    """The name of a request's scheduler; older hosts have it in the sampler's own name (Forge Classic)."""
+    return str(getattr(p, "scheduler", None) or "Automatic")
+
+
 def host_levels(p: Any, sampler: Any, total: int, end: int, increment: int) -> Levels:
     """The walk through the host's schedule, of the host's own length and to the host's own end.
 
@@ -68,7 +73,7 @@ def host_levels(p: Any, sampler: Any, total: int, end: int, increment: int) -> L
     Raises:
         ValueError: naming the scheduler, if its sigmas are no schedule.
     """
-    name = getattr(p, "scheduler", None) or "Automatic"
+    name = scheduler(p)
     try:
         return levels(get_sigmas(p, sampler, total), min(end, max(total - 1, 0)), increment, whole=True)
     except ValueError as error:
