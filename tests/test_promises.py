@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from lib_unsampler.core.replay import replay
-from lib_unsampler.core.trajectory import Trajectory, load
+from lib_unsampler.core.trajectory import VERSION, Trajectory, TrajectoryError, load
 from lib_unsampler.settings import Settings, parse_args, pasted, surface_fields
 from lib_unsampler.standalone.embedded import make_model
 from lib_unsampler.standalone.sampling import kd
@@ -96,8 +97,8 @@ def noise_of(saved: Trajectory) -> torch.Tensor:
     return (saved.z - saved.source) / saved.sigmas.reshape(-1, 1, 1, 1, 1)
 
 
-@pytest.mark.parametrize("name", ["shared-0.1.0", "webui-0.1.0"])
-def test_a_latents_file_of_0_1_0_loads(name: str) -> None:
+@pytest.mark.parametrize("name", ["shared-0.1.0", "webui-0.1.0", "shared-format-2"])
+def test_a_latents_file_of_every_format_loads(name: str) -> None:
     """Made with seed 7 and shared noise: every level holds the seed's first draw, to float32's rounding of z."""
     saved = load(SAMPLES / f"{name}.safetensors")
     shape = tuple(saved.source.shape[1:])
@@ -106,6 +107,30 @@ def test_a_latents_file_of_0_1_0_loads(name: str) -> None:
     for noise, sigma in zip(noise_of(saved), saved.sigmas):
         assert (noise[0] - draw).abs().max() < 4e-7 * (1 + saved.source.abs().max() / sigma)
     assert torch.equal(saved.latent, saved.z[-1]) and torch.equal(saved.remaining, saved.schedule)
+
+
+def test_there_is_a_sample_of_every_format() -> None:
+    """Who raises the version stores samples of the one before."""
+    found: dict[int, set[str]] = {}
+    for path in SAMPLES.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found.setdefault(int(file.metadata()["version"]), set()).add(path.name.split("-")[0])
+    assert set(found) == set(range(1, VERSION + 1))
+    assert all({"shared", "masked", "replay"} <= kinds for kinds in found.values())
+
+
+@pytest.mark.parametrize("name", ["shared-format-2", "masked-format-2", "replay-format-2"])
+def test_a_newer_file_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    data = (SAMPLES / f"{name}.safetensors").read_bytes()
+    (tmp_path / "new.safetensors").write_bytes(data.replace(b'"version": "2"', b'"version": "9"'))
+    with pytest.raises(TrajectoryError, match="written in format 9 by a newer Batch Unsampler; this one reads up to"):
+        load(tmp_path / "new.safetensors")
+
+
+def test_a_masked_file_of_format_2_keeps_unmasked_levels() -> None:
+    saved, plain = (load(SAMPLES / f"{name}-format-2.safetensors") for name in ("masked", "shared"))
+    assert not saved.blended and torch.equal(saved.z, plain.z) and torch.equal(saved.latent, plain.latent)
+    assert 0 == saved.mask.min() < saved.mask.max() == 1
 
 
 def test_a_masked_latents_file_of_0_1_0_goes_on_from_the_unmasked_state() -> None:
@@ -122,8 +147,9 @@ def test_a_masked_file_of_0_1_0_shows_the_source_outside_its_mask() -> None:
     assert all(torch.equal(z[outside], saved.source[outside]) for z in saved.z)
 
 
-def test_a_replay_of_0_1_0_gives_the_source_back() -> None:
-    saved = load(SAMPLES / "replay-0.1.0.safetensors")
+@pytest.mark.parametrize("name", ["replay-0.1.0", "replay-format-2"])
+def test_a_replay_of_every_format_gives_the_source_back(name: str) -> None:
+    saved = load(SAMPLES / f"{name}.safetensors")
     model = make_model("gaussian", "", *saved.source.shape[-2:])
     back = replay(kd.sample_euler_ancestral, model, saved.replay.sigmas, saved.replay, 0, disable=True)
     assert (back - saved.source).abs().max() < 1e-5

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import whole
+from .kept import finite
 from .noising import append_dims
 from .trajectory import Trajectory
 
@@ -53,12 +54,15 @@ def as_latents(z: Tensor, sigmas: Tensor, prediction: str, form: str) -> Tensor:
         Latents in float32 with shape (L * B, C, H, W), level after level.
 
     Raises:
-        ComfyError: for an unknown latent format, a video, or pure noise (sigma 1) on flow, which holds no latent.
+        ComfyError: for an unknown latent format, a video, or pure noise (sigma 1) on flow, which holds no latent, or
+            values that are not finite.
     """
     if form not in SCALES:
         raise ComfyError(f"latent format {form!r} is not one whose scale is known ({', '.join(SCALES)})")
     if z.ndim != 5:
         raise ComfyError(f"z {tuple(z.shape)} are not pictures (levels, images, channels, height, width)")
+    if not finite(z):
+        raise ComfyError("z holds values that are not finite")
     scale, shift = SCALES[form]
     signal = torch.ones_like(sigmas) if prediction != "flow" else 1 - sigmas
     if (signal <= 0).any():

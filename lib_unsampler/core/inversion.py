@@ -250,6 +250,12 @@ def invert(
     return run.joint(tolerance, max_calls) if name in JOINT else run.exact(tolerance, max_calls)
 
 
+def _check_finite(values: Tensor, index: int) -> None:
+    """Refuses a walk that has come to no numbers: half precision overflows, or somebody's change of the model."""
+    if not bool(values.isfinite().all()):
+        raise InversionError(f"the model's answers on the way to step {index} are not finite numbers (NaN or infinite)")
+
+
 def unconverged(walked: Sequence[Level]) -> list[str]:
     """A sentence for each level at which images did not reach the tolerance."""
     return [
@@ -384,6 +390,7 @@ class _Run:
         z = source + part * (source - denoise(source, source.new_full((len(source),), float(sigmas[0]))))
         if len(visited) > 1:
             z = self._function(denoise, z, sigmas.to(source), extra_args={}, callback=callback, disable=True)
+        _check_finite(z, visited[-1])
         self._reversed(visited[-1], z, None)
         return z.to(self._like)
 
@@ -417,6 +424,7 @@ class _Run:
             if above > below:
                 step = self._step(index, weights[index])
                 solved = solver.solve(step.onto(y), step.predicted(y, above, past), above, below, scales[index])
+                _check_finite(solved.residual, index)
                 past = [(above, solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
                 solved = Solved(y, past[0][1], torch.zeros(len(y)).double(), torch.zeros(len(y)).int())
@@ -458,6 +466,7 @@ class _Run:
             )
         made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
         made.solve(first, tolerance, max_calls)
+        _check_finite(made.x[-1], rising[-1])
         residuals, calls = torch.from_numpy(made.residual), torch.from_numpy(made.calls).int()
         for index, x, d, residual, spent in zip(rising, made.x, made.d, residuals, calls):
             about = {"residual": residual, "converged": residual <= tolerance}

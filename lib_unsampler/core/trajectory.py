@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import whole
-from .kept import Kept, data_of
+from .kept import Kept, data_of, finite
 from .replay import Recording
 from .soundness import DTYPES, bad_values, misfits
 
@@ -158,7 +158,7 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
         kept: The data of ``trajectory.z``, where that is only an outline.
 
     Raises:
-        TrajectoryError: for blended levels, which are of format 1.
+        TrajectoryError: for blended levels, which are of format 1, and for values that are not finite.
     """
     if trajectory.blended:
         raise TrajectoryError("blended levels are of format 1, which is no longer written")
@@ -179,8 +179,10 @@ def save(trajectory: Trajectory, path: Path, kept: Kept | None = None) -> None:
     with whole(path) as part, part.open("wb") as file:
         file.write(_head(tensors, metadata))
         for name, tensor in tensors.items():
-            for data in kept if name == "z" and kept is not None else [data_of(tensor)]:
-                file.write(data)
+            for part_of_it in kept.tensors() if name == "z" and kept is not None else [tensor]:
+                if not finite(part_of_it):
+                    raise TrajectoryError(f"{name} holds values that are not finite")
+                file.write(data_of(part_of_it))
 
 
 def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .fields import Settings, surface_fields
-from .parsing import SettingsError, parse
+from .parsing import SettingsError, parse, read
 
 INFOTEXT_PREFIX = "Unsampler "
 
@@ -66,11 +66,22 @@ VERSION_KEY = INFOTEXT_PREFIX + "version"
 
 
 def pasted(params: Mapping[str, str], surface: str) -> dict[str, Any] | None:
-    """Every field's value from pasted generation parameters; None if they are not ours or were edited wrong."""
+    """Every field's value from pasted generation parameters; None if they are not ours.
+
+    Where a value was edited into one that is not allowed, the error that says so stands for it.
+    """
     if VERSION_KEY not in params:
         return None
     try:
         settings = from_infotext(params, surface)
     except SettingsError:
-        return None
+        return {f.name: _read_alone(f, params) for f in surface_fields(surface)}
     return {f.name: getattr(settings, f.name) for f in surface_fields(surface)}
+
+
+def _read_alone(f: Any, params: Mapping[str, str]) -> Any:
+    text = params.get(infotext_key(f))
+    try:
+        return f.default if text is None else read(f, _whole_text(str(text)))
+    except SettingsError as error:
+        return error

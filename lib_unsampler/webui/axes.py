@@ -59,6 +59,8 @@ class _Number:
 
     def __call__(self, value: Any) -> Any:
         said = str(value).strip().lower()
+        if "_" in said:  # Python would read 1_0 as 10
+            raise ValueError(f"{value!r} is not a number")
         return said if said and said == self._word else self._kind(value)
 
 

@@ -24,7 +24,7 @@ from .driven import Batch, Inverted, Plan
 from .host.draws import HostDraws, pass_draws
 from .host.guiding import sampler_function
 from .host.progress import add_jobs, stopped
-from .host.request import comment
+from .host.request import comment, same_shape
 from .host.saving import temporary_file
 from .host.schedule import guiding_timestep, img2img_steps, prediction_type
 from .onward import Guide, StrengthMap
@@ -78,6 +78,7 @@ class BatchRun:
         x = batch.x
         if x.ndim > 4 and x.shape[2] > 1:
             raise ValueError("videos are not supported, only pictures")
+        same_shape(batch.noise, x, "img2img's noise")
         plan = self._plan()
         batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
         if self.file is not None:

@@ -36,7 +36,7 @@ from .host.guiding import (
     starting_from,
 )
 from .host.progress import Mirrored, next_job, stopped
-from .host.request import comment, identity
+from .host.request import comment, identity, same_shape
 from .host.schedule import start_at
 
 
@@ -234,7 +234,7 @@ class _Inpainting:
         self._mask = mask
 
     def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised = self._model(x, sigma, **args)
+        denoised = same_shape(self._model(x, sigma, **args), x, "the model's answer")
         return denoised if self._mask is None else self._mask * denoised + (1 - self._mask) * self._source
 
     def __getattr__(self, name: str) -> Any:

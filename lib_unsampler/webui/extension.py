@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict
@@ -44,7 +44,7 @@ from .onward import mapped
 from .reply import Reply
 from .showing import Showing, Waiting
 
-PATCHED = ("init", "sample", "save_samples")
+PATCHED = ("init", "sample", "save_samples", "close")
 BATCH = ("prompts", "negative_prompts", "seeds", "subseeds", "batch_size", "iteration")
 """What of a request is a batch's own; what is finished later sees its own batch."""
 HOST_FIELDS = {f.name for f in surface_fields("host")}
@@ -84,6 +84,8 @@ def finish(p: Any, processed: Any) -> None:
     try:
         if request is not None and request.p is p:
             request.hand_over(processed)
+    except Exception as error:  # the host would swallow it, and show a plain img2img
+        request.say_lost(processed, error)
     finally:
         detach(p)
 
@@ -100,10 +102,12 @@ def detach(p: Any) -> None:
 def _patch(p: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Hangs a function on ``p`` in the place of its method, which is returned.
 
-    A copy of ``p`` that is processed goes without. Nothing here keeps ``p`` alive: whatever becomes of the
-    request, it ends with its last user.
+    A copy of ``p`` that is processed goes without, and so does ``p`` once the request is over: a script that was
+    loaded after us may hold the function for good. Nothing here keeps ``p`` alive: whatever becomes of the request,
+    it ends with its last user.
     """
     held, before = weakref.ref(p), vars(p).get(name)  # another script's own patch, if there is one
+    request = vars(p).get("batch_unsampler")
 
     def processed() -> Any:
         return next(iter(running()), held())
@@ -113,7 +117,8 @@ def _patch(p: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any
         return method(*args, **kwargs)
 
     def hung(*args: Any, **kwargs: Any) -> Any:
-        return (function if processed() is held() else own)(*args, **kwargs)
+        mine = held() is not None and processed() is held() and vars(held()).get("batch_unsampler") is request
+        return (function if mine else own)(*args, **kwargs)
 
     patched: Any = hung
     patched.batch_unsampler = True
@@ -175,7 +180,7 @@ class Request:
         return self._p()
 
     def attach(self) -> None:
-        """Puts this request's three wrappers on ``p``."""
+        """Puts this request's wrappers on ``p``."""
         p = self.p
         p.batch_unsampler = self
         self._own_grid = p.do_not_save_grid
@@ -305,8 +310,9 @@ class Request:
             for name, value in self.batch.items():
                 shadowed.enter_context(attribute(self.p, name, value))
             said = self.waiting.complete()
+        files = self.reply.told_files()
         for line in said:
-            comment(self.p, line)
+            comment(self.p, f"{line}; saved before that: {files}" if files else line)
 
     def on_save_samples(self, *args: Any, **kwargs: Any) -> bool:
         """Once per batch, after its sampling: raises what failed."""
@@ -315,6 +321,16 @@ class Request:
             detach(self.p)
             raise error
         return self._own["save_samples"](*args, **kwargs) and self.settings.samples
+
+    def on_close(self) -> None:
+        """The host is done with the request, finished or not: what waits for a picture that will not come is undone.
+
+        A copy shares this wrapper; closed while a request is at work, it is none of that one's.
+        """
+        p = self.p
+        if p is not None and not running():
+            detach(p)
+            p.close()
 
     def hand_over(self, processed: Any) -> None:
         """Animations, then sheets, the sigma curve, frames, then (with init) the host's own images.
@@ -341,5 +357,19 @@ class Request:
         told["settings"] = {k: v for k, v in asdict(self.settings).items() if k in HOST_FIELDS}
         told |= {"messages": self.messages} if self.messages else {}
         told |= {"inversion": self.inversions} if self.inversions else {}
-        ours = {INFOTEXT_PREFIX + key: value for key, value in told.items()}
-        processed.extra_generation_params = {**processed.extra_generation_params, **ours}
+        _tell(processed, told)
+
+    def say_lost(self, processed: Any, error: Exception) -> None:
+        """Says what kept the results from being handed over, and which files there are, in their place."""
+        self._keep(error)
+        text = f"Batch Unsampler: the results are not whole: {type(error).__name__}: {self.error}"
+        if not self.settings.samples:
+            processed.images, processed.infotexts = [], []
+        processed.comments = f"{getattr(processed, 'comments', '')}{text}\n"
+        _tell(processed, {"messages": [*self.messages, text]})
+
+
+def _tell(processed: Any, told: Mapping[str, Any]) -> None:
+    """Puts plain values into the result's info."""
+    ours = {INFOTEXT_PREFIX + key: value for key, value in told.items()}
+    processed.extra_generation_params = {**processed.extra_generation_params, **ours}

@@ -19,7 +19,7 @@ from ..settings import SAMPLING
 from .batch import BatchRun
 from .filing import Filing
 from .host.codec import decodable, decode, encoded_picture, free_memory, overlaid
-from .host.progress import Progress, stopped
+from .host.progress import Progress, quiet, stopped
 from .host.request import RefusedError
 from .reply import Reply
 
@@ -198,6 +198,8 @@ class Waiting:
                 showing.complete(finals)
             except Exception as error:
                 said.append(f"film or sweep: not whole: {type(error).__name__}: {error}")
+            finally:
+                quiet()
         return said
 
     def close(self) -> None:

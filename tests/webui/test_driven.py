@@ -259,7 +259,7 @@ def test_interrupt_leaves_what_was_reached_and_no_trace(host: SimpleNamespace, m
 
     monkeypatch.setattr(Mirrored, "at", stop_at_three)
     host.processing.process_images(p)
-    assert not {"init", "sample", "save_samples", "batch_unsampler"} & set(vars(p))
+    assert not {"init", "sample", "save_samples", "close", "batch_unsampler"} & set(vars(p))
     assert "sample_img2img" not in vars(p.sampler)
     again, _ = host.run(sampler_name="Euler")
     assert torch.equal(again.latest_samples, plain.latest_samples)

@@ -201,7 +201,7 @@ def test_nothing_is_left_behind(host: SimpleNamespace, kind: str, monkeypatch: p
         expected = {"refused": HTTPException, "broken decode": RuntimeError, "broken sampler": KeyError}.get(kind)
         with pytest.raises(expected) if expected else nullcontext():
             host.processing.process_images(p)
-    assert not {"init", "sample", "save_samples", "batch_unsampler"} & set(vars(p))
+    assert not {"init", "sample", "save_samples", "close", "batch_unsampler"} & set(vars(p))
     if hasattr(p, "sampler"):
         assert not {"sample_img2img", "get_sigmas"} & set(vars(p.sampler))
         assert p.sampler.func is sampling.sample_euler_ancestral

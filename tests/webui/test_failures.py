@@ -24,7 +24,7 @@ from lib_unsampler.page import shelf
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which files are open")
 EVERYTHING = {"output": ["frames", "animation", "contact sheet", "latents", "init"]}
-OURS = {"init", "sample", "save_samples", "batch_unsampler"}
+OURS = {"init", "sample", "save_samples", "close", "batch_unsampler"}
 
 
 def raising(error: Exception, after: int = 0) -> Callable[..., Any]:

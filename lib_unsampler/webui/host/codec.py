@@ -45,6 +45,8 @@ def decode(p: Any, latents: Tensor) -> list[Tensor]:
     place = latents.device if _one_by_one(p.sd_model) else devices.cpu
     with torch.no_grad():
         made = processing.decode_latent_batch(p.sd_model, latents, target_device=place, check_for_nans=True)
+    if len(made) != len(latents):
+        raise RuntimeError(f"the decoder gave {len(made)} pictures for {len(latents)} latents; see other extensions")
     return [picture.reshape(-1, *picture.shape[-3:])[0] for picture in made]  # some models have a time axis
 
 

@@ -12,7 +12,7 @@ from k_diffusion import sampling as k_sampling
 from modules import devices, rng
 from torch import Tensor
 
-from .request import attribute
+from .request import attribute, same_shape
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class HostDraws:
                 self._rng.next()
             self._next = 1
         while self._next <= j:
-            drawn = _next(self._rng)
+            drawn = same_shape(_next(self._rng), self._first, "the generators' noise")
             self._next += 1
         return drawn if self._scale in (None, 1.0) else drawn * self._scale
 

@@ -16,7 +16,7 @@ from ...core import rehearsal
 from ...core.rehearsal import Forward
 from .draws import untouched_draws
 from .progress import Mirrored, show_step
-from .request import attribute
+from .request import attribute, same_shape
 
 
 @contextmanager
@@ -100,7 +100,7 @@ class GuidedModel:
         number = self._counted.call(*divmod(call, self._per_step))
         self._denoiser.step = number  # the host looks prompt editing and guidance minimum up by it
         self._progress.show(self._counted.shown[number])
-        denoised = self._denoiser(x, sigma, **args)
+        denoised = same_shape(self._denoiser(x, sigma, **args), x, "the model's answer")
         self.calls += 1
         self._called(self.calls)
         return denoised

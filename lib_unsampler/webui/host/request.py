@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from modules import processing, shared
+from torch import Tensor
 
 from ...settings import TITLE
 
@@ -47,6 +48,19 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
+
+
+def same_shape(made: Tensor, like: Tensor, called: str) -> Tensor:
+    """What was made, if its shape is that of what it was made of.
+
+    Raises:
+        RuntimeError: else: another extension has had a hand in it.
+    """
+    if made.shape != like.shape:
+        raise RuntimeError(
+            f"{called} has shape {tuple(made.shape)}, not {tuple(like.shape)}; see what other extensions change"
+        )
+    return made
 
 
 def running() -> list[Any]:

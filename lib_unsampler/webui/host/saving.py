@@ -67,7 +67,7 @@ def _save(
             written = images.save_image(
                 *(picture, folder, "", p.seeds[index], p.prompts[index], form), info=text, p=p, suffix=suffix, **more
             )
-    except Exception:
+    except BaseException:
         saved = getattr(picture, "already_saved_as", None)  # and then its text file failed
         for file in [*begun, *([saved, Path(saved).with_suffix(".txt")] if saved else [])]:
             if isinstance(file, (str, os.PathLike)):

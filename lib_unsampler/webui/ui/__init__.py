@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...settings import Pasted, form, help_on, pasted, surface_fields
+from ...settings import Pasted, SettingsError, form, help_on, pasted, surface_fields
 from .channel import Answerer, channel, tells_script
 from .controls import ELEM_ID, control, file_chooser, preference_components
 from .page import stage
@@ -78,12 +78,16 @@ def documented(info: Any) -> Any:
 def paste_fields(controls: list[Any]) -> list[tuple[Any, Callable[[Mapping[str, str]], Any]]]:
     """For the host's paste button: each control with how its value is read from generation parameters.
 
-    Parameters of a picture made without the extension untick it and leave the other controls alone.
+    Parameters of a picture made without the extension untick it and leave the other controls alone. Of ours a value
+    that is not allowed is said and leaves its control alone; the others are pasted, and the extension is ticked.
     """
 
     def reader(f: Any) -> Callable[[Mapping[str, str]], Any]:
         def read(params: Mapping[str, str]) -> Any:
             value = (pasted(params, "host") or {}).get(f.name)
+            if isinstance(value, SettingsError):
+                gr.Warning(str(value))  # on the page, whose host logs what is raised; in the API it is the answer
+                raise value
             return Pasted(value) if isinstance(value, tuple) else value
 
         return read

@@ -1,0 +1,167 @@
+"""Many mixed requests through a running WebUI's API, from two clients at once, while its page asks too.
+
+Every answer is what the same request gave alone, and the server holds no more at the end than at the beginning.
+Run with ``-m live -s``. ``SOAK_REQUESTS`` (500) and ``SOAK_SECONDS`` (1800) bound it. Of a server on this machine
+memory, handles, threads and temporary files are read from /proc.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from test_live import URL, ask, img2img
+
+pytestmark = [
+    pytest.mark.live,
+    pytest.mark.skipif(not URL, reason="WEBUI_URL names no running WebUI"),
+]
+REQUESTS = int(os.environ.get("SOAK_REQUESTS", "500"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "1800"))
+EVERY = 10
+"""Answers between two looks at the server."""
+SMALL = {"width": 64, "height": 64, "steps": 4}
+EULER = {**SMALL, "sampler_name": "Euler"}
+
+MIXED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "plain": (None, SMALL),
+    "plain, Euler": (None, EULER),
+    "frames": ({"output": ["frames"]}, SMALL),
+    "two images": ({"output": ["frames"], "noise": "independent"}, {**SMALL, "batch_size": 2}),
+    "two batches": ({"output": ["frames"], "noise": "path"}, {**SMALL, "n_iter": 2}),
+    "GIF": ({"output": ["animation"], "captions": True}, SMALL),
+    "WebP": ({"output": ["animation"], "format": "webp", "ping_pong": True}, SMALL),
+    "APNG": ({"output": ["animation"], "format": "apng", "reverse": True}, SMALL),
+    "sheet and curve": ({"output": ["contact sheet", "sigma curve"]}, SMALL),
+    "latents": ({"output": ["latents", "frames"]}, SMALL),
+    "init": ({"output": ["init"], "noise": "independent"}, SMALL),
+    "inversion": ({"mode": "invert", "output": ["init"], "report": True, "max_calls": 8}, EULER),
+    "reverse": ({"mode": "invert", "solver": "reverse", "output": ["init", "frames"], "panel": True}, EULER),
+    "replay": ({"mode": "replay", "output": ["init"]}, SMALL),
+    "guide": ({"output": ["guide"], "noise": "path"}, SMALL),
+    "sweep": ({"output": ["strength sweep"]}, SMALL),
+    "film": ({"output": ["animation", "init"], "film": "both", "format": "webp"}, SMALL),
+    "a bad field": ({"noise": "pink"}, SMALL),
+    "a bad prompt's file": ({"output": ["init"], "trajectory": "../x.safetensors"}, SMALL),
+    "a bad sampler": ({"mode": "replay", "output": ["init"]}, EULER),
+}
+
+
+def answer(name: str) -> str:
+    """What a request is answered with, in short."""
+    settings, fields = MIXED[name]
+    reply = img2img(settings, **fields)
+    if "images" not in reply:
+        assert reply["status"] == 422, reply
+        return str(reply["detail"])
+    return hashlib.sha256("\n".join(reply["images"]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a server holds: megabytes, open files, threads, temporary files."""
+
+    memory: float
+    handles: int
+    threads: int
+    temporary: int
+
+
+def server() -> int | None:
+    """The process that listens at the address, if it is one of this machine's."""
+    port = str(urlsplit(URL).port).encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"--port" in words and words[words.index(b"--port") + 1] == port:
+            return int(process.name)
+    return None
+
+
+def held(pid: int) -> Held:
+    process = Path("/proc") / str(pid)
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    environ = dict(word.partition(b"=")[::2] for word in (process / "environ").read_bytes().split(b"\0"))
+    folder = Path(os.fsdecode(environ.get(b"GRADIO_TEMP_DIR", b"/tmp/gradio")))
+    temporary = sum(file.is_file() for file in folder.rglob("*")) if folder.exists() else 0
+    handles = len(os.listdir(process / "fd"))
+    return Held(int(status["VmRSS"].split()[0]) / 1024, handles, int(status["Threads"]), temporary)
+
+
+def slope(values: list[float]) -> float:
+    """Of the least-squares line through equally spaced values, a step."""
+    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
+    above = sum((i - middle) * (value - mean) for i, value in enumerate(values))
+    return above / sum((i - middle) ** 2 for i in range(len(values)))
+
+
+def until(ended: threading.Event, asking: Callable[[], Any]) -> None:
+    while not ended.wait(0.2):
+        asking()
+
+
+def progress() -> None:
+    """As the page does while a picture is made."""
+    told = ask("/sdapi/v1/progress?skip_current_image=true")
+    assert 0 <= told["progress"] <= 1, told
+
+
+def files() -> None:
+    """The routes of the extension, while others work."""
+    assert isinstance(ask("/unsampler/v1/latents"), list)
+
+
+def test_a_long_day() -> None:
+    alone = {name: answer(name) for name in MIXED}
+    again = {name: answer(name) for name in MIXED}
+    assert alone == again, "a request is not repeatable by itself"
+    assert len(set(alone.values())) == len(alone)
+    order = random.Random(0)
+    asked = [order.choice(list(MIXED)) for _ in range(REQUESTS)]
+    pid, looks, wrong = server(), [], []
+    deadline, done, lock = time.monotonic() + SECONDS, 0, threading.Lock()
+
+    def one(name: str) -> None:
+        nonlocal done
+        if time.monotonic() > deadline:
+            return
+        if answer(name) != alone[name]:
+            wrong.append(name)
+        with lock:
+            done += 1
+            if pid is not None and done % EVERY == 0:
+                looks.append(held(pid))
+
+    ended = threading.Event()
+    with ThreadPoolExecutor(2) as clients, ThreadPoolExecutor(2) as pages:
+        others = [pages.submit(until, ended, asking) for asking in (progress, files)]
+        try:
+            list(clients.map(one, asked))
+        finally:
+            ended.set()
+        for other in others:
+            other.result()
+    assert not wrong and done > 0
+    print(f"\n{done} requests, each as alone: {json.dumps({name: asked[:done].count(name) for name in MIXED})}")
+    assert answer("plain") == alone["plain"]
+    if not looks:
+        return
+    later = looks[len(looks) // 3 :]
+    growth = slope([look.memory for look in later]) / EVERY if len(later) > 1 else 0.0
+    print("first, a third, last:", looks[0], later[0], looks[-1], f"slope {1024 * growth:.1f} KiB a request", sep="\n")
+    assert growth < 0.25 or later[-1].memory < 1.02 * later[0].memory
+    for name in ("handles", "threads", "temporary"):
+        assert getattr(later[-1], name) <= max(getattr(look, name) for look in later[: len(later) // 2 + 1]) + 2, name
