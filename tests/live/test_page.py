@@ -97,6 +97,7 @@ def quoted(value: str) -> str:
 def test_every_setting_is_pasted_into_its_control(page: Any, values: dict[str, Any]) -> None:
     texts = {name: values[name].replace("\r", "") for name in ("positive", "negative")}  # as a page has them
     texts["trajectory"] = re.sub("[\r\n]", "", values["trajectory"])  # the chooser has one line
+    texts["reply"] = "all"  # says where a reply goes, not what a picture is: it is never pasted
     wanted = parse({**values, **texts}, "host")
     written = {"Unsampler version": "0", **to_infotext(wanted, "host")}
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in written.items())
@@ -156,12 +157,17 @@ def put(page: Any, selector: str, value: Any) -> None:
     number.press("Tab")
 
 
-def test_the_curve_is_the_request_s_and_the_player_has_its_frames(page: Any) -> None:
-    """From a fresh page: tick, move a slider, Generate, scrub, start from a level."""
+def begin_again(page: Any) -> None:
+    """The img2img tab as a newcomer finds it."""
     page.reload()
     page.wait_for_selector("#batch_unsampler_trajectory", state="attached", timeout=120000)
     page.wait_for_timeout(2000)
     page.click("#tabs > div.tab-nav button:has-text('img2img')")
+
+
+def test_the_curve_is_the_request_s_and_the_player_has_its_frames(page: Any) -> None:
+    """From a fresh page: tick, move a slider, Generate, scrub, start from a level."""
+    begin_again(page)
     picture = str(Path(__file__).resolve().parents[2] / "lib_unsampler/assets/cat.jpg")
     page.locator("#img2img_img2img_tab input[type=file], #img2img_image input[type=file]").first.set_input_files(
         picture
@@ -235,6 +241,7 @@ def test_a_map_guides_from_inpaint_upload(page: Any, tmp_path: Path) -> None:
     with Image.open(photo) as read:
         read.convert("RGB").resize((128, 128)).save(tmp_path / "cat.png")
     asked = {"output": ["guide"], "guide_weight": "map"}
+    begin_again(page)
     lines = ", ".join(f"{key}: {quoted(value)}" for key, value in to_infotext(parse(asked, "host"), "host").items())
     written = "Denoising strength: 0.8, Unsampler version: 0"
     paste(page, f"pasted\nSteps: 8, Sampler: Euler, CFG scale: 2, Seed: 5, Size: 128x128, {written}, {lines}")
