@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_live import (  # noqa: F401 (plain is a fixture)
     URL,
     apart,
     as_base64,
+    ask,
     img2img,
     kinds,
     notes,
@@ -77,6 +79,15 @@ def test_every_sampler_gives_the_same_source_back_or_is_refused_by_name(name: st
     assert pixels(reply)[-1] == replayed
 
 
+@pytest.fixture
+def own_options() -> Iterator[None]:
+    """The host's options, put back: it keeps an overridden one that was never set before."""
+    before = ask("/sdapi/v1/options")["sd_noise_schedule"]
+    yield
+    ask("/sdapi/v1/options", {"sd_noise_schedule": before})
+    img2img()  # on the model too
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -84,7 +95,9 @@ def test_every_sampler_gives_the_same_source_back_or_is_refused_by_name(name: st
         tuple({"override_settings": {"sd_noise_schedule": kind}} for kind in ("Zero Terminal SNR", "Default")),
     ],
 )
-def test_a_file_is_held_to_its_own_request_s_schedule(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_a_file_is_held_to_its_own_request_s_schedule(
+    one: dict[str, Any], other: dict[str, Any], own_options: None
+) -> None:
     """Whatever schedule the request before had: Neo sets a shift, and all hosts set zero terminal SNR, on the model."""
     fields = {"sampler_name": "Euler", "cfg_scale": 1, "steps": 4}
     highest = img2img({"output": ["frames"]}, **fields)["params"]["Unsampler sigmas"][-1]
