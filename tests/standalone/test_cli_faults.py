@@ -1,6 +1,7 @@
 """Every stage of the command line times signals, full disks and memory: what is said, and only whole files are left.
 
-Each run is a fork of this process, which has loaded PyTorch already; a signal comes from within the stage.
+Each run is a fork of a process that has loaded PyTorch already and runs no threads (a fork of one that does may wait
+for them for ever); a signal comes from within the stage.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import copy
 import errno
 import importlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -106,6 +109,34 @@ def child(stage: str, fault: str, arguments: list[str], said: Path) -> NoReturn:
         os._exit(status)
 
 
+def serve() -> None:
+    """Runs what it is asked for, a line of JSON each, and answers with its exit status."""
+    for line in sys.stdin:
+        stage, fault, arguments, said = json.loads(line)
+        process = os.fork()
+        if process == 0:
+            child(stage, fault, arguments, Path(said))
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Callable[..., int]]:
+    here = Path(__file__).resolve()
+    paths = os.pathsep.join(map(str, (here.parents[2], here.parent)))
+    command = [sys.executable, "-c", f"import {here.stem}; {here.stem}.serve()"]
+    env, pipe = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as made:
+        asked, answered = made.stdin, made.stdout
+        assert asked is not None and answered is not None
+
+        def run(*what: Any) -> int:
+            print(json.dumps(what), file=asked, flush=True)
+            return int(answered.readline())
+
+        yield run
+        asked.close()
+
+
 def check_whole(file: Path) -> None:
     if file.suffix == ".safetensors":
         trajectory.load(file)
@@ -116,18 +147,16 @@ def check_whole(file: Path) -> None:
             picture.load()
 
 
-@pytest.mark.filterwarnings("ignore:This process")  # is multi-threaded, says Python 3.12 of a fork
 @pytest.mark.parametrize(("stage", "fault"), CASES)
-def test_a_fault_leaves_whole_files(stage: str, fault: str, picture: Path, tmp_path: Path) -> None:
+def test_a_fault_leaves_whole_files(
+    stage: str, fault: str, picture: Path, tmp_path: Path, server: Callable[..., int]
+) -> None:
     out, said = tmp_path / "out", tmp_path / "said.txt"
     names = {"-o": "x.gif", "--frames": "frames", "--sheet": "sheet.png", "--curve": "curve.png"}
     names |= {"--latents": "x.safetensors", "--resample": "same.png"}
     arguments = [str(picture), "--steps", "4", "--noise", "path", "--captions"]
     arguments += [word for option, name in names.items() for word in (option, str(out / name))]
-    process = os.fork()
-    if process == 0:
-        child(stage, fault, arguments, said)
-    status, text = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said.read_text()
+    status, text = server(stage, fault, arguments, str(said)), said.read_text()
     if fault in SIGNALS:
         assert status == 128 + getattr(signal, fault), text
         assert text.splitlines()[-1].endswith("no half-written file was left") and "Traceback" not in text
