@@ -416,9 +416,10 @@ class Slow:
 
 def test_a_second_waits_and_is_told_and_each_can_be_interrupted(client: Client) -> None:
     before = sorted(client.folder.iterdir())
-    first, second, third = Slow(client), Slow(client), Slow(client)
+    first = Slow(client)
     assert "waiting" not in (begun := first.line())
     assert first.until("progress")["progress"]["part"] == "inverting"
+    second, third = Slow(client), Slow(client)
     behind = sorted((run.until("waiting") for run in (second, third)), key=lambda line: line["waiting"])
     assert [line["waiting"] for line in behind] == [1, 2]
     waits = second.until("waiting")
