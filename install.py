@@ -12,11 +12,13 @@ HELP = """
 demo   unsamples PICTURE (default: the bundled cat) and leaves in outputs/demo: the moving noise progression, the
        same picture sampled back from its own noises, and an edit of it by a prompt. No WebUI, no model, no download
        but the packages.
-test   runs the tests; what follows is pytest's.
+test   runs the tests, on every core; with arguments, pytest with those.
 
 Both use a private environment, .venv beside this file, made on first use (a few minutes, PyTorch is large)."""
 USAGE = "usage: python install.py demo [PICTURE] | python install.py test [PYTEST ARGUMENTS]"
 OLDEST, NEWEST = (3, 10), (3, 12)
+ON_ALL_CORES = ("-n", "auto", "--maxprocesses", "4", "--dist", "worksteal")
+"""The whole suite's arguments: tests that are chosen may be live ones, which share one WebUI and go in turn."""
 
 
 def check_platform():
@@ -191,7 +193,7 @@ def main(arguments):
 
         check_platform()
         python = environment(root, ["demo", "test"])
-        return subprocess.call([str(python), "-m", "pytest", *arguments[1:]], cwd=root)
+        return subprocess.call([str(python), "-m", "pytest", *(arguments[1:] or ON_ALL_CORES)], cwd=root)
     print(USAGE, file=sys.stderr)
     return 2
 

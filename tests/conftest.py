@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,18 @@ kdiffusion.sampling()  # for every test: k-diffusion without the packages of its
 torch.set_num_threads(1)  # small tensors; threads only wait for one another on a busy machine
 
 Draw = Callable[[int], Tensor]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Of the cases of a test under ``one_of(n)`` every n-th is in the default suite; the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        for mark in item.iter_markers("one_of"):
+            test = item.nodeid.split("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker("slow")
+            seen[test] += 1
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.one_of(2)
 def test_what_is_said_to_have_no_effect_has_none(
     base: str, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -527,10 +527,7 @@ def _write(
 
     with back.hold() if told.film else unstopped() as stopped, ExitStack() as stack:
         background = stack.enter_context(Background())
-        sweep = None
-        if targets.sweeps:
-            swept = (settings, plan.sigmas.tolist(), text, targets.sweep, targets.sweep_pictures)
-            sweep = stack.enter_context(Sweep(*swept, partial(back, bars=silent)))
+        sweep = stack.enter_context(_swept(plan, back, settings, targets, text)) if targets.sweeps else None
         begun = Reel(settings, told.sigmas, text, background, targets.animation, targets.sheet is not None)
         reel = stack.enter_context(begun)
         folder = Stills(targets.frames, text, background) if targets.frames else None
@@ -542,10 +539,9 @@ def _write(
             bar.update()
         sheet = reel.finish()
         background.finish()
-        if folder is not None:
-            folder.finish()
-        if sweep is not None:
-            sweep.finish()
+        for writer in (folder, sweep):
+            if writer is not None:
+                writer.finish()
         if sheet is not None and targets.sheet:
             animation.write_png(targets.sheet, sheet, text)
     if targets.curve:
@@ -553,6 +549,12 @@ def _write(
     if targets.resample and not told.film:
         animation.write_png(targets.resample, back(plan.kept[-1], last, bars), text)
     return [reel.fit, None if sweep is None else sweep.fit]
+
+
+def _swept(plan: Levels, back: Back, settings: Settings, targets: Targets, text: str) -> Sweep:
+    """The strength sweep that is wanted."""
+    sigmas, own = plan.sigmas.tolist(), partial(back, bars=silent)
+    return Sweep(settings, sigmas, text, targets.sweep, targets.sweep_pictures, own)
 
 
 class _EndedError(Exception):

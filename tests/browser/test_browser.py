@@ -140,6 +140,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.one_of(2)
 def test_the_levels_drawn_are_those_that_are_made(page: Any, case: dict[str, Any]) -> None:
     for name, value in case.items():
         if name == "sampling":
@@ -192,15 +193,21 @@ def visible(page: Any) -> set[str]:
     return {name for name in FIELDS if box(page, name).is_visible()}
 
 
-def test_only_what_the_mode_uses_is_there(page: Any) -> None:
+def check_only_used_are_visible(page: Any, changes: list[dict[str, Any]]) -> None:
+    """After each change exactly the fields that the mode uses are on the page."""
     page.locator(".batch-unsampler-fold").click()
     defaults = {f.name: f.default for f in FIELDS.values()}
-    for change in ({}, {"mode": "invert"}, {"mode": "replay"}, {"mode": "noise", "output": ["latents"]}):
+    for change in changes:
         for name, value in change.items():
             put(page, name, value)
         page.wait_for_timeout(700)
         values = {**defaults, **change}
         assert visible(page) == {name for name in FIELDS if is_used(FIELDS[name], values)}, change
+
+
+def test_only_what_the_mode_uses_is_there(page: Any) -> None:
+    more = {"mode": "noise", "output": ["latents"]}
+    check_only_used_are_visible(page, [{}, {"mode": "invert"}, {"mode": "replay"}, more])
 
 
 def test_what_would_be_refused_is_said_beside_its_field(page: Any) -> None:
@@ -312,6 +319,7 @@ START: list[tuple[dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("case", "step"), START, ids=str)
+@pytest.mark.one_of(2)
 def test_the_next_generate_starts_from_the_same_z(page: Any, case: dict[str, Any], step: int) -> None:
     from doubled import latents_of, record_start
 

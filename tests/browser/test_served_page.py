@@ -18,10 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/browser"))
 
-from test_browser import FIELDS, OVERLAPS, SERIOUS, box, kept, put, visible  # noqa: E402
+from test_browser import OVERLAPS, SERIOUS, box, check_only_used_are_visible, kept, put  # noqa: E402
 
 from lib_unsampler.core import trajectory  # noqa: E402
-from lib_unsampler.settings.needs import is_used  # noqa: E402
 from lib_unsampler.standalone.serve import server, work  # noqa: E402
 
 
@@ -106,6 +105,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.one_of(2)
 def test_the_levels_drawn_are_those_that_are_made(page: Any, case: dict[str, Any]) -> None:
     for name, value in case.items():
         control = page.locator(f"#{name}")
@@ -120,14 +120,7 @@ def test_the_levels_drawn_are_those_that_are_made(page: Any, case: dict[str, Any
 
 
 def test_only_what_the_mode_uses_is_there(page: Any) -> None:
-    page.locator(".batch-unsampler-fold").click()
-    defaults = {f.name: f.default for f in FIELDS.values()}
-    for change in ({}, {"mode": "invert"}, {"mode": "replay"}):
-        for name, value in change.items():
-            put(page, name, value)
-        page.wait_for_timeout(600)
-        values = {**defaults, **change}
-        assert visible(page) == {name for name in FIELDS if is_used(FIELDS[name], values)}, change
+    check_only_used_are_visible(page, [{}, {"mode": "invert"}, {"mode": "replay"}])
 
 
 def test_what_would_be_refused_is_said_before_and_then(page: Any) -> None:

@@ -7,14 +7,13 @@ that each gets half of a batch.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import test_live
+from named import named_files
 from test_live import URL, apart, img2img, kinds, opened
 
 WORKER = os.environ.get("WORKER_URL", "")
@@ -33,15 +32,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "beside": ({"output": ["init", "frames", "animation"], "film": "both"}, {}),
     "latents": ({"output": ["latents"]}, {}),
 }
-
-
-def named_files(text: str) -> list[Path]:
-    found = re.search(r'Unsampler files: ("(?:[^"\\]|\\.)*")', text)
-    files: list[Path] = []
-    for part in json.loads(found.group(1)).split("; ") if found else []:
-        names, folder = part.rsplit(" in ", 1)
-        files += [Path(folder) / name for name in re.findall(r"[\w.-]+\.(?:png|gif|safetensors)", names)]
-    return files
 
 
 @pytest.mark.parametrize("batch", [4, 2])

@@ -57,6 +57,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("film", FILMS)
 @pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.one_of(5)
 def test_a_file_is_never_larger_and_keeps_every_frame_and_time(ending: str, film: str, tmp_path: Path) -> None:
     needs_codec(ending)
     frames = [FILMS[film](number) for number in range(COUNT)]

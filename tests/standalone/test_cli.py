@@ -823,6 +823,7 @@ def test_a_long_run_holds_few_frames(
 @pytest.mark.parametrize(
     "target", [("-o", "x.gif"), ("-o", "x.mp4"), ("--latents", "x.safetensors"), ("--frames", "f")]
 )
+@pytest.mark.one_of(2)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     target: tuple[str, str], picture: Path, tmp_path: Path
 ) -> None:

@@ -182,6 +182,7 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 @posix
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGKILL"])
+@pytest.mark.one_of(2)
 def test_a_stopped_run_leaves_nothing_half(name: str, picture: Path, tmp_path: Path, capsys: Capture) -> None:
     number, out = getattr(signal, name), tmp_path / "frames"
     process = started(picture, "-o", tmp_path / "x.gif", "--frames", out, "--steps", 10000)
@@ -241,9 +242,12 @@ def test_a_film_stopped_before_it_samples_keeps_its_noising(picture: Path, tmp_p
 
 
 @posix
-@pytest.mark.parametrize("wait", [0.15, 0.3, 0.6, 1.2])
+@pytest.mark.parametrize("wait", [0, 0.15, 0.3, 0.6, 1.2])
+@pytest.mark.one_of(2)
 def test_ctrl_c_in_the_first_moments_is_no_traceback(wait: float, picture: Path, tmp_path: Path) -> None:
+    """From the first word on: before it Python itself is starting."""
     process = started(picture, "-o", tmp_path / "x.gif", "--steps", 10000)
+    assert process.stderr.readline() == "unsampler: loading PyTorch\n"
     time.sleep(wait)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=30)[1]
@@ -256,6 +260,7 @@ def test_ctrl_c_in_the_first_moments_is_no_traceback(wait: float, picture: Path,
 
 @posix
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-", "2> >(exit 0)", "> >(exit 0)"])
+@pytest.mark.one_of(3)
 def test_closed_streams_change_no_result(closed: str, picture: Path, tmp_path: Path) -> None:
     command = f'exec "$0" -m lib_unsampler "$1" -o "$2" --steps 3 {closed}'
     shell = ["bash", "-c", command, sys.executable, str(picture), str(tmp_path / "x.gif")]

@@ -41,6 +41,7 @@ def kinds(processed: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.one_of(2)
 def test_what_is_not_refused_is_made(host: SimpleNamespace, output: str) -> None:
     host.make().sd_model.scale_factor = 0.18215
     kind = {"frames": "frame", "strength sweep": "sweep"}.get(output, output)

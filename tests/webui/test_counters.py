@@ -45,6 +45,7 @@ def plain(host: SimpleNamespace, shown: list[tuple[Any, ...]], **fields: Any) ->
 @pytest.mark.parametrize("solver", ["exact", "reverse"])
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM2", "DPM++ 2M", "LMS", "Euler a", "DPM++ 2S a"])
 @pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.one_of(3)
 def test_an_inversion_shows_what_the_forward_run_shows(
     host: SimpleNamespace, shown: list[tuple[Any, ...]], sampler: str, solver: str, strength: float
 ) -> None:
@@ -144,6 +145,7 @@ class Bar:
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM++ 2M"])
 @pytest.mark.parametrize("output", [["init"], ["frames"], ["init", "frames"]])
 @pytest.mark.parametrize("report", [False, True])
+@pytest.mark.one_of(4)
 def test_the_bar_never_falls_in_an_inversion(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, sampler: str, output: list[str], report: bool
 ) -> None:
@@ -157,6 +159,7 @@ def test_the_bar_never_falls_in_an_inversion(
 
 @pytest.mark.parametrize("output", [["init"], ["frames"], ["init", "frames"], ["latents"]])
 @pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.one_of(3)
 def test_the_bar_never_falls_in_a_replay(
     host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, output: list[str], skip: int
 ) -> None:

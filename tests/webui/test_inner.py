@@ -86,6 +86,7 @@ def names(host: SimpleNamespace) -> list[str]:
 @pytest.mark.parametrize("kind", [Other, Detailer])
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("output", [EVERYTHING, {"output": ["frames", "contact sheet"]}], ids=["init", "frames"])
+@pytest.mark.one_of(3)
 def test_an_inner_request_gives_its_one_picture(
     host: SimpleNamespace, kind: type[Other], make: Callable[..., Any], output: dict[str, Any]
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from doubled import pixels
+from named import named_files
 
 MADE = {
     "init": {"output": ["init"]},
@@ -112,18 +112,9 @@ def alone(host: SimpleNamespace, settings: Any, **fields: Any) -> list[bytes]:
     return pixels(made)
 
 
-def named_files(text: str) -> list[Path]:
-    """Every file that an own picture's parameters name; of a range the first and the last."""
-    found = re.search(r'Unsampler files: ("(?:[^"\\]|\\.)*")', text)
-    files: list[Path] = []
-    for part in json.loads(found.group(1)).split("; ") if found else []:
-        names, folder = part.rsplit(" in ", 1)
-        files += [Path(folder) / name for name in re.findall(r"[\w.-]+\.(?:png|gif|safetensors)", names)]
-    return files
-
-
 @pytest.mark.parametrize("case", MADE)
 @pytest.mark.parametrize(("batch", "share", "n_iter", "grid"), [(4, 2, 1, False), (2, 1, 1, True), (3, 1, 2, False)])
+@pytest.mark.one_of(4)
 def test_every_image_has_its_own_picture_its_own_text_and_all_its_files(
     host: SimpleNamespace, engine: Any, case: str, batch: int, share: int, n_iter: int, grid: bool
 ) -> None:

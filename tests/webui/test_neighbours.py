@@ -152,6 +152,7 @@ def test_the_own_picture_is_the_neighbour_s_too(host: SimpleNamespace, beside: A
 
 @pytest.mark.parametrize("settings", REQUESTS)
 @pytest.mark.parametrize("kind", NEIGHBOURS)
+@pytest.mark.one_of(5)
 def test_a_request_works_twice_and_leaves_nothing(host: SimpleNamespace, beside: Any, kind: str, settings: str) -> None:
     """Loopbacks process one request again: what a neighbour has wrapped of ours must not run a second time."""
     beside(kind)

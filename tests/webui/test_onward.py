@@ -246,6 +246,7 @@ def test_an_interrupted_film_keeps_what_it_has(host: SimpleNamespace, monkeypatc
 
 @pytest.mark.parametrize("sampler", STEPPING)
 @pytest.mark.parametrize("film", ["sampling", "both"])
+@pytest.mark.one_of(3)
 def test_a_film_changes_nothing_and_calls_nothing(host: SimpleNamespace, calls: Seen, sampler: str, film: str) -> None:
     plain = samples(host, sampler_name=sampler)
     count = len(calls)

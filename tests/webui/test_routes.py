@@ -182,6 +182,7 @@ def test_head_tells_what_get_would_send(host: SimpleNamespace, kept: str, accoun
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.one_of(3)
 def test_an_animation_is_had_by_its_name(host: SimpleNamespace, tmp_path: Path, form: str, elsewhere: bool) -> None:
     if form == "mp4":
         pytest.importorskip("av")

@@ -33,6 +33,7 @@ def host_schedule(host: SimpleNamespace, scheduler: str, steps: int) -> torch.Te
 
 @schedules
 @pytest.mark.parametrize("sampler", ["Euler", "Heun", "DPM++ 2M"])
+@pytest.mark.one_of(2)
 def test_an_inversion_comes_back(host: SimpleNamespace, scheduler: str, steps: int, sampler: str) -> None:
     fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": 1}
     settings = {"mode": "invert", "output": ["init", "latents"]}
@@ -47,6 +48,7 @@ def test_an_inversion_comes_back(host: SimpleNamespace, scheduler: str, steps: i
 @schedules
 @pytest.mark.parametrize("sampler", ["Euler a", "DPM++ 2S a", "DPM++ SDE"])
 @pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.one_of(5)
 def test_a_replay_comes_back(host: SimpleNamespace, scheduler: str, steps: int, sampler: str, skip: int) -> None:
     fields = {"sampler_name": sampler, "denoising_strength": 1.0, "cfg_scale": 3, "scheduler": scheduler}
     settings = {"mode": "replay", "output": ["init", "latents"], "skip": skip, "cfg": 3}
@@ -60,6 +62,7 @@ def test_a_replay_comes_back(host: SimpleNamespace, scheduler: str, steps: int, 
 @schedules
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a"])
+@pytest.mark.one_of(3)
 def test_init_is_plain_img2img_and_its_file_gives_it_again(
     host: SimpleNamespace, scheduler: str, steps: int, strength: float, sampler: str
 ) -> None:

@@ -35,6 +35,7 @@ def swept(processed: Any) -> list[tuple[dict[str, Any], Image.Image, str]]:
     ],
     ids=["batch", "mask", "subseed"],
 )
+@pytest.mark.one_of(4)
 def test_each_picture_is_plain_img2img_s_bit_for_bit(
     host: SimpleNamespace, sampler: str, fields: dict[str, Any]
 ) -> None:
