@@ -1,6 +1,7 @@
 """What the extension adds to the WebUI's API: its latents files and animations, for who cannot read the server's disk.
 
-The WebUI's own user names and passwords (``--api-auth``) hold here too.
+The WebUI's own guards hold here too: the names and passwords of its API (``--api-auth``), and where it has none the
+login of its page (``--gradio-auth``), which guards the same files there.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def add(
     Arguments:
         app: The FastAPI application.
         folder: Where the latents files are now.
-        accounts: Passwords by user name; none leaves the API open, as the WebUI's is then.
+        accounts: Passwords of the API by user name; without any the page's login is asked for, if it has one.
         films: Where the animations are now, if not there too.
     """
     films = films or folder
@@ -45,6 +46,11 @@ def add(
         right = secrets.compare_digest(given.password.encode(), known.encode())
         if given.username not in accounts or not right:
             raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
+
+    def logged_in(request: Request) -> None:
+        given = [value for name, value in request.cookies.items() if name.startswith("access-token")]  # gradio's names
+        if getattr(app, "auth", None) is not None and not any(app.tokens.get(token) for token in given):
+            raise HTTPException(401, "Not authenticated: log in at the page, or with POST /login")
 
     def latents() -> list[str]:
         return shelf.names(folder())
@@ -58,7 +64,7 @@ def add(
     def animation(name: str, request: Request) -> Response:
         return _answer(shelf.find_film, films(), name, request)
 
-    common = {"dependencies": [Depends(authenticated)] if accounts else []}
+    common = {"dependencies": [Depends(authenticated if accounts else logged_in)]}
     for path, listed, one in ((LATENTS, latents, latents_file), (ANIMATIONS, animations, animation)):
         for method in ("GET", "HEAD"):
             told = {"methods": [method], "include_in_schema": method == "GET", **common}

@@ -180,6 +180,32 @@ def test_head_tells_what_get_would_send(host: SimpleNamespace, kept: str, accoun
     assert list(paths[routes.LATENTS]) == ["get"]
 
 
+@pytest.mark.parametrize("accounts", [{}, {"ann": "two"}])
+def test_the_page_s_login_guards_where_the_api_has_no_password(
+    host: SimpleNamespace, kept: str, accounts: dict[str, str]
+) -> None:
+    """The hosts give their page's application, whose login is gradio's own."""
+    gradio = pytest.importorskip("gradio")
+    with gradio.Blocks() as demo:
+        gradio.Textbox()
+    demo.auth = [("ann", "one")]
+    app = gradio.routes.App.create_app(demo)
+    routes.add(app, lambda: host.out, accounts)
+    paths = [routes.LATENTS, f"{routes.LATENTS}/{kept}", routes.ANIMATIONS, f"{routes.LATENTS}/no.safetensors"]
+    client = TestClient(app, base_url="https://testserver")
+    for method in ("GET", "HEAD"):
+        assert [client.request(method, path).status_code for path in paths] == [401] * 4
+        forged = {"Cookie": "access-token=x; access-token-unsecure="}
+        assert [client.request(method, path, headers=forged).status_code for path in paths] == [401] * 4
+    assert client.post("/login", data={"username": "ann", "password": "two"}).status_code == 400
+    assert client.get(paths[0]).status_code == 401
+    assert client.post("/login", data={"username": "ann", "password": "one"}).status_code == 200
+    by_cookie = [client.get(path).status_code for path in paths]
+    assert by_cookie == ([401] * 4 if accounts else [200, 200, 200, 404])
+    if accounts:
+        assert [client.get(path, auth=("ann", "two")).status_code for path in paths] == [200, 200, 200, 404]
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.one_of(3)
