@@ -152,8 +152,14 @@ def _remove_stale(part: str) -> None:
         os.close(opened)
 
 
-def spool(path: Path) -> BinaryIO:
-    """A file without a name in the folder of ``path``, gone as soon as it is closed or the process ends."""
+@contextmanager
+def spool(path: Path) -> Iterator[BinaryIO]:
+    """A file without a name in the folder of ``path``, gone at the end of the block or of the process."""
     final = check(path)
     with naming(path):
-        return tempfile.TemporaryFile(dir=final.parent)
+        file = tempfile.TemporaryFile(dir=final.parent)
+    try:
+        yield file
+    finally:
+        with suppress(OSError):  # what is still to be written to a full disk, nobody reads any more
+            file.close()

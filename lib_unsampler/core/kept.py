@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
@@ -53,7 +54,8 @@ class Kept:
     def __init__(self, path: Path) -> None:
         """``path`` is a file to be: its folder has room for the levels, or else nothing is begun."""
         self._path = path
-        self._file = spool(path)
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(spool(path))
         self._count = 0
         self._level = torch.empty(0, device="meta")
 
@@ -61,7 +63,7 @@ class Kept:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._stack.close()
 
     def add(self, z: Tensor) -> None:
         """As :class:`Store` says."""
@@ -89,7 +91,8 @@ class Kept:
 
     def __iter__(self) -> Iterator[bytes]:
         """Every level's data."""
-        self._file.seek(0)
+        with naming(self._path):
+            self._file.seek(0)
         length = self._level.element_size() * self._level.numel()
         return (self._file.read(length) for _ in range(self._count))
 

@@ -7,6 +7,7 @@ what fails later from ``p.save_samples``.
 
 from __future__ import annotations
 
+import sys
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +38,7 @@ from .host.codec import Decoded
 from .host.machines import jobs, missing, place
 from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
-from .host.request import RefusedError, attribute, comment, is_inner, running, selected_script, with_more
+from .host.request import RefusedError, attribute, comment, is_inner, running, say_more, selected_script
 from .host.saving import own_first, put_first, put_last, retell
 from .host.schedule import has_sigmas, make_sampler
 from .onward import mapped
@@ -244,7 +245,8 @@ class Request:
                 with attribute(p.sampler, "sample_img2img", sample_img2img):
                     samples = self._own["sample"](*args, **kwargs)
                 self._make(run)
-        except BaseException:
+        except BaseException as error:
+            self._tell_files(error)
             detach(p)
             raise
         finally:
@@ -291,9 +293,15 @@ class Request:
         """
         if not isinstance(error, RefusedError):
             traceback.print_exception(type(error), error, error.__traceback__)
+        self._tell_files(error)
+        error.__traceback__ = error.__context__ = error.__cause__ = None
+        self.error = error
+
+    def _tell_files(self, error: BaseException | None) -> None:
+        """Has an error that ends the request, ours or the host's, name the files that are there."""
         files = self.reply.told_files()
-        self.error = with_more(error, f"saved before that: {files}") if files else error
-        self.error.__traceback__ = self.error.__context__ = self.error.__cause__ = None
+        if files and isinstance(error, Exception):
+            say_more(error, f"saved before that: {files}")
 
     def take(self, picture: Image.Image) -> None:
         """One of the host's own finished pictures: a film ends with it. Other machines' come last."""
@@ -329,6 +337,7 @@ class Request:
         """
         p = self.p
         if p is not None and not running():
+            self._tell_files(sys.exc_info()[1])
             detach(p)
             p.close()
 

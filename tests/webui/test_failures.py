@@ -6,6 +6,7 @@ import copy
 import errno
 import gc
 import os
+import re
 import resource
 import sys
 import weakref
@@ -24,6 +25,8 @@ from lib_unsampler.page import shelf
 
 needs_proc = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells which files are open")
 EVERYTHING = {"output": ["frames", "animation", "contact sheet", "latents", "init"]}
+OWN_NAME = re.compile(r"[0-9]{5}-[0-9]+\.png")
+"""The host's name of its own picture."""
 OURS = {"init", "sample", "save_samples", "close", "batch_unsampler"}
 
 
@@ -132,6 +135,8 @@ def test_a_failed_request_leaves_nothing_behind(
     assert str(FAULTS[kind][2].args[-1]).split("/")[0] in str(error)
     assert host.shared.state.textinfo is None
     assert open_below(host.out) == []
+    saved = [path.name for path in host.out.glob("*") if not OWN_NAME.fullmatch(path.name)]
+    assert all(name in str(error) for name in saved)
     if kind != "the host's own saving":  # then nobody of ours is asked any more
         assert not OURS & set(vars(p)) and requests.pop()() is None, "a cycle holds it"
     if host.out.exists():
@@ -233,6 +238,7 @@ def test_a_picture_that_does_not_fit_leaves_no_piece_of_it(
         return
     error, _ = failed(host, {"output": ["frames"]})
     assert error.errno == errno.EFBIG
+    assert room == 3000 or re.search(rf"File too large: '{host.out}/[0-9]+-5-\S+\.png'", str(error))
     names = sorted(path.name for path in host.out.iterdir())
     assert len(names) == (6 if with_text else 3) and all(name in str(error) for name in names)
 
@@ -286,12 +292,13 @@ def test_the_log_has_the_traceback_of_what_was_no_refusal(
 
 
 def test_errors_of_any_kind_can_say_more(host: SimpleNamespace) -> None:
-    from lib_unsampler.webui.host.request import RefusedError, with_more
+    from lib_unsampler.webui.host.request import RefusedError, say_more
 
     errors = [
         *(OSError(28, "No space"), FileNotFoundError(2, "None such", "x"), OSError("odd"), KeyError("key")),
         *(RuntimeError("no kernel", 5), ValueError(), RefusedError("refused"), torch.cuda.OutOfMemoryError("no room")),
     ]
     for error in errors:
-        more = with_more(error, "saved before that: a.png")
-        assert type(more) is type(error) and "saved before that: a.png" in str(more)
+        before = str(error)
+        say_more(error, "saved before that: a.png")
+        assert before.strip("'") in str(error) and "saved before that: a.png" in str(error)

@@ -25,15 +25,17 @@ class RefusedError(HTTPException):
         return self.detail
 
 
-def with_more(error: Exception, text: str) -> Exception:
-    """The same error, whose text says more."""
+def say_more(error: Exception, text: str) -> None:
+    """Has an error's text say more."""
     if isinstance(error, RefusedError):
-        return RefusedError(f"{error}; {text}")
-    if isinstance(error, OSError) and error.errno is not None:
+        error.detail = f"{error}; {text}"
+    elif isinstance(error, OSError) and error.errno is not None:
         name = "" if error.filename is None else f": {str(error.filename)!r}"
-        return type(error)(error.errno, f"{error.strerror}{name}; {text}")
-    error.args = (f"{error}; {text}", *error.args[1:])
-    return error
+        error.strerror = f"{error.strerror}{name}; {text}"
+        if name:
+            del error.filename  # it would be said behind all else
+    else:
+        error.args = (f"{error}; {text}", *error.args[1:])
 
 
 @contextmanager

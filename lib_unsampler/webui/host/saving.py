@@ -14,7 +14,7 @@ from typing import Any
 from modules import images, processing, shared
 from PIL import Image
 
-from ...files import whole
+from ...files import naming, whole
 from ...pictures import png
 from .page import preferences
 from .request import attribute, comment
@@ -57,10 +57,14 @@ def _save(
 
     def noted(file: Any, *args: Any, **kwargs: Any) -> None:
         begun.append(file)
-        if not args and isinstance(file, (str, os.PathLike)) and png.serves(picture, kwargs):
-            png.save(picture, file, kwargs.get("pnginfo"), prepared)
-        else:
+        if not isinstance(file, (str, os.PathLike)):
             save(file, *args, **kwargs)
+            return
+        with naming(Path(file).with_suffix(f".{form}")):  # the host writes beside it first
+            if not args and png.serves(picture, kwargs):
+                png.save(picture, file, kwargs.get("pnginfo"), prepared)
+            else:
+                save(file, *args, **kwargs)
 
     try:
         with attribute(p, "batch_index", index), attribute(picture, "save", noted):  # file name patterns read the first
