@@ -157,7 +157,7 @@ def spool(path: Path) -> Iterator[BinaryIO]:
     """A file without a name in the folder of ``path``, gone at the end of the block or of the process."""
     final = check(path)
     with naming(path):
-        file = tempfile.TemporaryFile(dir=final.parent)
+        file = tempfile.TemporaryFile(dir=final.parent)  # noqa: SIM115 - closed below, whatever its disk says to that
     try:
         yield file
     finally:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from test_live import URL, ask, img2img
+from test_live import URL, ask, img2img, opened
 
 pytestmark = [
     pytest.mark.live,
@@ -113,10 +113,15 @@ def until(ended: threading.Event, asking: Callable[[], Any]) -> None:
         asking()
 
 
+previews: list[tuple[int, int]] = []
+
+
 def progress() -> None:
-    """As the page does while a picture is made."""
-    told = ask("/sdapi/v1/progress?skip_current_image=true")
+    """As the page does while a picture is made, its preview included."""
+    told = ask("/sdapi/v1/progress")
     assert 0 <= told["progress"] <= 1, told
+    if told["current_image"]:
+        previews.append(opened(told["current_image"]).size)
 
 
 def files() -> None:
@@ -155,7 +160,10 @@ def test_a_long_day() -> None:
         for other in others:
             other.result()
     assert not wrong and done > 0
-    print(f"\n{done} requests, each as alone: {json.dumps({name: asked[:done].count(name) for name in MIXED})}")
+    assert previews
+    print(
+        f"\n{done} requests, {len(previews)} previews, each as alone: {json.dumps({name: asked[:done].count(name) for name in MIXED})}"
+    )
     assert answer("plain") == alone["plain"]
     if not looks:
         return

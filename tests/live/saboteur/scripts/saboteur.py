@@ -13,6 +13,7 @@ import sys
 import threading
 import tracemalloc
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def strike(place: str = Body(), after: int = Body(), fault: str = Body()):
 def choose(options: dict):
     """Has options of the Settings tab be others."""
     for name, value in options.items():
-        undo.append(lambda name=name, before=getattr(shared.opts, name): shared.opts.data.update({name: before}))
+        undo.append(partial(shared.opts.data.update, {name: getattr(shared.opts, name)}))
         shared.opts.data[name] = value
 
 
