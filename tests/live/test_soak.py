@@ -161,9 +161,8 @@ def test_a_long_day() -> None:
             other.result()
     assert not wrong and done > 0
     assert previews
-    print(
-        f"\n{done} requests, {len(previews)} previews, each as alone: {json.dumps({name: asked[:done].count(name) for name in MIXED})}"
-    )
+    counts = json.dumps({name: asked[:done].count(name) for name in MIXED})
+    print(f"\n{done} requests, each as alone, beside {len(previews)} previews: {counts}")
     assert answer("plain") == alone["plain"]
     if not looks:
         return
