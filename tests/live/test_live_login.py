@@ -13,13 +13,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from http.cookiejar import CookieJar
+from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from test_live import CAT, URL, as_base64
 
-LOGIN, API = os.environ.get("WEBUI_LOGIN", ""), os.environ.get("WEBUI_API_AUTH", "")
+URL, LOGIN, API = (os.environ.get(name, "") for name in ("WEBUI_URL", "WEBUI_LOGIN", "WEBUI_API_AUTH"))
 pytestmark = [
     pytest.mark.live,
     pytest.mark.skipif(not (URL and LOGIN), reason="WEBUI_URL and WEBUI_LOGIN name no running WebUI with a login"),
@@ -55,10 +54,9 @@ class Client:
 @pytest.fixture(scope="module")
 def paths() -> list[str]:
     """The routes, and the files that one request made."""
-    body = {"init_images": [as_base64(Image.open(CAT).resize((64, 64)))], "width": 64, "height": 64, "steps": 4}
-    settings = {"output": ["latents", "animation"]}
-    body["alwayson_scripts"] = {"Batch Unsampler": {"args": [settings]}}
-    body["save_images"] = True
+    picture = base64.b64encode((Path(__file__).parents[2] / "lib_unsampler/assets/cat.jpg").read_bytes()).decode()
+    body = {"init_images": [picture], "width": 64, "height": 64, "steps": 4, "save_images": True}
+    body["alwayson_scripts"] = {"Batch Unsampler": {"args": [{"output": ["latents", "animation"]}]}}
     status, reply = Client(API).ask("/sdapi/v1/img2img", json.dumps(body).encode())
     assert status == 200, reply[:500]
     told = json.loads(json.loads(reply)["info"])["extra_generation_params"]
