@@ -51,7 +51,7 @@ from torch import Tensor
 
 from .kept import InMemory, Store, finite
 from .noising import add_noise
-from .rehearsal import RehearsalError, Sampler, StandIn, name_of, rehearse, waves
+from .rehearsal import Around, RehearsalError, Sampler, StandIn, name_of, rehearse, waves
 
 SAME = 2e-3
 """How far a repeated model call may be off, RMS by the level's sigma or 1: half precision's rounding, and no more."""
@@ -285,19 +285,32 @@ class Recorder:
         return made
 
 
-class _AskedAgain:
-    """A model that is asked its first question twice."""
+class _Answer(Exception):
+    """The model's answer to a run's first question, which ends the run."""
 
-    def __init__(self, model: Any, rewind: Callable[[], None]) -> None:
-        self._model, self._rewind, self._calls = model, rewind, 0
+    def __init__(self, denoised: Tensor) -> None:
+        self.denoised = denoised
+
+
+class _AskedOnce(Around):
+    """A model whose first answer ends the run."""
 
     def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
-        denoised: Tensor = self._model(x, sigma, **args)
-        self._calls += 1
-        if self._calls == 1:
-            self._rewind()
-            again = self._model(x, sigma, **args)
-            off = float((again - denoised).double().square().mean().sqrt() / sigma.max().clamp(min=1))
+        raise _Answer(super().__call__(x, sigma, **args))
+
+
+class _AskedAgain(Around):
+    """A model that was asked its first question before, and is to answer the same."""
+
+    def __init__(self, model: Any, before: Tensor) -> None:
+        super().__init__(model)
+        self._before: Tensor | None = before
+
+    def __call__(self, x: Tensor, sigma: Tensor, **args: Any) -> Tensor:
+        denoised = super().__call__(x, sigma, **args)
+        before, self._before = self._before, None
+        if before is not None:
+            off = float((denoised - before).double().square().mean().sqrt() / sigma.max().clamp(min=1))
             if off > SAME:
                 raise ReplayError(
                     f"model: asked the same twice it gives two answers, {off:.2g} apart, from which no picture comes "
@@ -305,8 +318,20 @@ class _AskedAgain:
                 )
         return denoised
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)  # some samplers ask their model for its prediction type
+
+def first_answer(
+    function: Sampler, model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, **options: Any
+) -> Tensor | None:
+    """The model's answer to the first question of a sampler's run from x, which goes no further.
+
+    Returns:
+        The answer; None from a sampler that asks nothing.
+    """
+    try:
+        function(_AskedOnce(model), x, sigmas, **options)
+    except _Answer as answer:
+        return answer.denoised
+    return None
 
 
 def record(
@@ -317,7 +342,7 @@ def record(
     source: Tensor,
     fresh: Iterator[Tensor],
     prediction: str,
-    rewind: Callable[[], None] | None = None,
+    before: Tensor | None = None,
     store: Callable[[], Store] = InMemory,
     **options: Any,
 ) -> Recording:
@@ -332,8 +357,8 @@ def record(
         source: The clean latents with shape (B, C, [T,] H, W).
         fresh: More draws of the same shape, for samplers with noises between the levels.
         prediction: ``eps``, ``v`` or ``flow``.
-        rewind: Has the model that is no plain function of x and sigma asked its first question again, to see
-            whether it answers the same; called before that, for one that counts its calls.
+        before: For a model that is no plain function of x and sigma: its :func:`first_answer`, in a run of
+            before this one. It is to answer the same now.
         store: Where what is recorded is kept, in memory or on disk.
         options: The sampler's keywords; ``callback`` is called too, ``noise_sampler`` is replaced.
 
@@ -353,7 +378,7 @@ def record(
                 shown(info)
 
         run = {**options, "callback": callback, "noise_sampler": recorder}
-        out = function(model if rewind is None else _AskedAgain(model, rewind), states[-1], sigmas, **run)
+        out = function(model if before is None else _AskedAgain(model, before), states[-1], sigmas, **run)
         return recorder.recording(function, options, out)
 
 

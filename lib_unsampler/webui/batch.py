@@ -30,6 +30,9 @@ from .host.schedule import guiding_timestep, img2img_steps, prediction_type
 from .onward import Guide, StrengthMap
 from .sweep import Sweep
 
+VISIBLE = 0.02
+"""How far an inversion may be off, as a share of the latents' deviation: about a step of 255 in the picture."""
+
 
 def extra_jobs(settings: Settings, resumed: bool) -> int:
     """Jobs of one batch for the host's progress bar, beyond its own one; ``resumed`` is from a latents file."""
@@ -134,15 +137,19 @@ class BatchRun:
             more = f" and {len(missed) - 1} more levels" if len(missed) > 1 else ""
             comment(self.p, f"inversion: {missed[-1]}{more}; see tolerance and max_calls")
 
-    def _say_missed(self, made: Tensor, source: Tensor) -> None:
-        """A replay under the source's own prompts is the source, unless the model is another one by then."""
+    def _say_missed(self, made: Tensor, source: Tensor, allowed: float, why: str) -> None:
+        """Under the source's own prompts what is sampled is the source, unless the model is another one by then.
+
+        Arguments:
+            allowed: How far it may be off, as a share of the source's deviation.
+            why: What may be the reason.
+        """
         settings = self.settings
-        if self.file is not None or settings.positive or settings.negative or settings.cfg != self.p.cfg_scale:
+        if stopped() or settings.positive or settings.negative or settings.cfg != self.p.cfg_scale:
             return
         off = float((made.double() - source.double()).square().mean().sqrt() / source.double().std())
-        if off > SAME:
-            why = "something beside it changed the model after the recording (LoRA block weight's start and stop do)"
-            comment(self.p, f"replay: misses the source by {off:.2g} of its deviation; {why}")
+        if off > allowed:
+            comment(self.p, f"{settings.mode}: misses the source by {off:.2g} of its deviation; {why}")
 
     def _sweep_below(self, batch: Batch, plan: Plan) -> None:
         """Samples from every kept level below the noisiest first, each as img2img at that strength would."""
@@ -170,11 +177,15 @@ class BatchRun:
         listen = None if self.film is None else self.film.listen
         if self.recording is not None:
             made = driven.sample_replayed(batch, plan, self.recording, self.settings.skip, listen)
-            if not stopped():
-                self._say_missed(made, batch.x)
+            if self.file is None:
+                self._say_missed(made, batch.x, SAME, "something beside it changed the model after the recording")
             return made
-        start = self._start_state(plan)
-        made, began = onward.sample(batch, plan, start, self._guide(plan), listen)
+        start, guide = self._start_state(plan), self._guide(plan)
+        made, began = onward.sample(batch, plan, start, guide, listen)
+        if start is not None and guide is None and self.inverted is not None and self.inverted.comes_back:
+            masked = "inpainting samples the surroundings otherwise than they were inverted"
+            beside = "something beside it changes the model from call to call"
+            self._say_missed(made, batch.x, VISIBLE, beside if getattr(batch.p, "nmask", None) is None else masked)
         if self.file is None:
             self.began = began  # z, and what img2img may add to it (img2img_extra_noise)
         return made if self.map is None else torch.where(self.map.strengths.to(made) > 0, made, batch.x.to(made))

@@ -7,8 +7,8 @@ loaded, guided, previewed and interrupted as in the host's own sampling.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..settings import TITLE, Settings
 from .host.draws import repeatable_draws, untouched_draws
 from .host.guiding import (
     GuidedModel,
+    Samplings,
     Skipped,
     counted_calls,
     draws_noise,
@@ -70,6 +71,7 @@ class Batch:
     unconditional_conditioning: Any
     steps: int | None = None
     image_conditioning: Any = None
+    samplings: Samplings = field(kw_only=True)
 
     @property
     def conds(self) -> tuple[Any, Any]:
@@ -78,6 +80,7 @@ class Batch:
 
     def sample_at(self, total: int, index: int) -> Tensor:
         """The host's own sampling from another level of its schedule of ``total`` steps."""
+        self.samplings.begin(self.x, self.noise, self.conds)
         with start_at(self.p, total, index) as steps:
             return self.own(self.p, self.x, self.noise, *self.conds, steps, self.image_conditioning)
 
@@ -85,9 +88,11 @@ class Batch:
         self, plan: Plan, body: Callable[..., Tensor] | None = None, conds: tuple[Any, Any] | None = None
     ) -> Tensor:
         """The host's own sampling from the plan's noisiest level down, or a body in its function's place."""
-        begin = nullcontext(self.steps) if plan.own_start else start_at(self.p, plan.total, plan.start)
-        with begin as steps:
-            args = (self.p, self.x, self.noise, *(conds or self.conds), steps, self.image_conditioning)
+        conds = conds or self.conds
+        self.samplings.begin(self.x, self.noise, conds)
+        started = nullcontext(self.steps) if plan.own_start else start_at(self.p, plan.total, plan.start)
+        with started as steps:
+            args = (self.p, self.x, self.noise, *conds, steps, self.image_conditioning)
             return self.own(*args) if body is None else in_sampler(body, self.own, *args)
 
 
@@ -98,11 +103,13 @@ class Inverted(Walked):
     Attributes:
         source: The clean latents it started from.
         back: The noisiest level sampled back under the same prompts, for reports; else None.
+        comes_back: Whether sampling from it is to give the source: it was solved for the sampler itself.
         remarks: What is to be said of it.
     """
 
     source: Tensor
     back: Tensor | None
+    comes_back: bool
     remarks: tuple[str, ...] = ()
 
     def told(self) -> list[dict[str, Any]]:
@@ -141,7 +148,7 @@ def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
     """
     global _last
     name, message = kin(sampler_function(batch.p.sampler), settings.solver)
-    with prompted(batch.p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
+    with _as_source(batch, settings) as source_conds:
         asked = [getattr(settings, name) for name in ("solver", "cfg", "tolerance", "max_calls", "panel", "report")]
         drawn = _sampling(batch.p) if settings.report else None
         key = fingerprint(identity(batch.p, TITLE), source_conds, plan, asked, drawn)
@@ -158,6 +165,12 @@ def invert(batch: Batch, plan: Plan, settings: Settings) -> Inverted:
         if text is not None:
             comment(batch.p, text)
     return made
+
+
+def _as_source(batch: Batch, settings: Settings) -> AbstractContextManager[tuple[Any, Any]]:
+    """The conditions under which the model sees the source."""
+    asked = settings.positive, settings.negative, settings.cfg
+    return prompted(batch.p, *asked, batch.conds, batch.samplings)
 
 
 def _sampling(p: Any) -> list[Any]:
@@ -199,7 +212,8 @@ def _walk_back(batch: Batch, plan: Plan, settings: Settings, conds: tuple[Any, A
         batch.sample(plan, body, conds)
     finally:
         progress.done()
-    return Inverted(tuple(reached), estimates, batch.x, None, tuple(remarks))
+    exact = settings.solver == "exact" and name == sampler_function(batch.p.sampler) and not remarks
+    return Inverted(tuple(reached), estimates, batch.x, None, exact, tuple(remarks))
 
 
 def _sampled_back(batch: Batch, plan: Plan, inverted: Inverted, conds: tuple[Any, Any]) -> Inverted:
@@ -255,6 +269,7 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
     unthinned = Levels(levels.schedule, levels.visited[:steps], levels.visited[:steps])
     states = unsample(x.float(), unthinned, draws, "independent", plan.prediction)
     fresh = (draws(j) for j in count(len(levels.schedule) - 1))
+    answers: list[Tensor | None] = []
     made: list[Recording] = []
 
     def body(function: Callable[..., Tensor], model: Any, start: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
@@ -262,15 +277,18 @@ def record(batch: Batch, plan: Plan, draws: Draw, settings: Settings) -> Recordi
         below = sigmas[-steps - 1 :]
         with untouched_draws():
             replay.rehearsed(function, model, below, x, plan.prediction, 0, **options)
-            counters = Skipped(
-                model, counted_calls(function, model, x, sigmas=sigmas, **options), len(sigmas) - len(below)
-            )
-            run = {**counters.options(options), "rewind": counters.rewind}
-            made.append(replay.record(function, source_model, below, states, x, fresh, plan.prediction, **run))
+            counted = counted_calls(function, model, x, sigmas=sigmas, **options)
+            run = Skipped(model, counted, len(sigmas) - len(below)).options(options)
+            if answers:
+                told = states, x, fresh, plan.prediction, answers[0]
+                made.append(replay.record(function, source_model, below, *told, **run))
+            else:
+                answers.append(replay.first_answer(function, source_model, states[-1], below, **run))
         return start
 
-    with prompted(p, settings.positive, settings.negative, settings.cfg, batch.conds) as source_conds:
-        batch.sample(plan, body, source_conds)
+    with _as_source(batch, settings) as source_conds:
+        for _ in ("its first question", "the recording"):
+            batch.sample(plan, body, source_conds)
     next_job()
     return made[0] if made else None
 

@@ -35,6 +35,7 @@ from . import machines, refusals
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
+from .host.guiding import Samplings
 from .host.machines import jobs, missing, place
 from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
@@ -240,7 +241,7 @@ class Request:
                     add_jobs(extra_jobs(self.settings, self.saved is not None) * p.n_iter)
 
                 def sample_img2img(*args: Any, **kwargs: Any) -> Tensor:
-                    return self._start(run, Batch(sampling, *args, **kwargs))
+                    return self._start(run, Batch(sampling, *args, samplings=Samplings(p), **kwargs))
 
                 with attribute(p.sampler, "sample_img2img", sample_img2img):
                     samples = self._own["sample"](*args, **kwargs)

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from lib_unsampler.core.noising import SeededDraws, unsample
 from lib_unsampler.core.rehearsal import Still, draws_noise, forward
-from lib_unsampler.core.replay import Recording, ReplayError, check_replay, record, rehearsed, replay
+from lib_unsampler.core.replay import Recording, ReplayError, check_replay, first_answer, record, rehearsed, replay
 from lib_unsampler.core.schedule import levels
 
 SHAPE = (2, 4, 6, 5)
 SIGMAS = kd.get_sigmas_karras(8, 0.03, 14.6)
+SOURCE = torch.linspace(-1, 1, 240).reshape(SHAPE)
+STATES = unsample(SOURCE, levels(SIGMAS), SeededDraws((3, 4), SHAPE[1:]), "independent", "eps")
 TOLD: Callable[[Mapping[str, Any]], None] = lambda info: None  # noqa: E731
 Noise = Callable[[Tensor, Tensor], Any]
 
@@ -107,9 +109,7 @@ def fresh(first: int) -> Iterator[Tensor]:
 
 
 def recorded(function: Callable[..., Tensor], model: Any = denoise, **options: Any) -> tuple[Recording, Tensor]:
-    source = torch.linspace(-1, 1, 240).reshape(SHAPE)
-    states = unsample(source, levels(SIGMAS), SeededDraws((3, 4), SHAPE[1:]), "independent", "eps")
-    return record(function, model, SIGMAS, states, source, fresh(8), "eps", disable=True, **options), source
+    return record(function, model, SIGMAS, STATES, SOURCE, fresh(8), "eps", disable=True, **options), SOURCE
 
 
 @pytest.mark.parametrize("step", [plain, shaped, two_noises, per_image])
@@ -183,20 +183,23 @@ def test_a_model_with_two_answers_to_one_question_is_refused() -> None:
         calls += 1
         return denoise(x, sigma) + 0.05 * sigma.max() * torch.sin(torch.arange(5) * 1.0 * calls)
 
+    before = first_answer(stepping(plain), merging, STATES[-1], SIGMAS)
     with pytest.raises(ReplayError, match="asked the same twice it gives two answers"):
-        recorded(stepping(plain), merging, rewind=lambda: None)
+        recorded(stepping(plain), merging, before=before)
     assert calls == 2  # nothing more is spent
 
 
-def test_the_repeated_call_is_announced_and_only_one() -> None:
-    seen: list[str] = []
+def test_the_first_question_is_that_of_the_run_and_the_only_one() -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
 
-    def counting(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append("call")
+    def noting(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append((x.clone(), sigma))
         return denoise(x, sigma)
 
-    recorded(stepping(plain), counting, rewind=lambda: seen.append("rewind"))
-    assert seen == ["call", "rewind"] + ["call"] * 8
+    before = first_answer(stepping(plain), noting, STATES[-1], SIGMAS)
+    assert torch.equal(before, denoise(*seen[0])) and len(seen) == 1
+    recorded(stepping(plain), noting, before=before)
+    assert len(seen) == 9 and torch.equal(seen[0][0], seen[1][0])
 
 
 def test_the_stand_in_is_asked_and_no_generator_is() -> None:

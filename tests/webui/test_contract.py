@@ -58,7 +58,10 @@ SAME_SIGNATURE = {
         "Script.postprocess_image",
         "Script.postprocess",
         "ScriptRunner.postprocess_image",
+        "ScriptRunner.process_before_every_sampling",
+        "ScriptRunner.after_extra_networks_activate",
     ],
+    "extra_networks.py": ["activate"],
 }
 """Functions whose double has the host's parameters. The double keeps two host files in one here and there."""
 
@@ -106,6 +109,7 @@ FACTS = {
         "x = self.rng.next()",
         "x *= self.initial_noise_multiplier",
         "if state.job_count == -1:",
+        "self.scripts.process_before_every_sampling(",
         "self.nmask = torch.asarray(latmask)",
         '"extra_generation_params": self.extra_generation_params,',
     ],
@@ -171,6 +175,19 @@ def test_the_host_still_says(host: Path, file: str, line: str) -> None:
 
 def test_the_host_makes_its_start_state_as_we_do(host: Path) -> None:
     assert sum(folded(line) in source(host, file) for line, file in OWN_FACTS.items()) == 1
+
+
+def test_a_host_that_patches_its_model_patches_it_anew_before_every_sampling(host: Path) -> None:
+    text = source(host, "processing.py")
+    if "forge_objects" not in text:
+        pytest.skip("A1111 patches nothing there")
+    told = ("self.sd_model.forge_objects_after_applying_lora.shallow_copy()", "apply_token_merging(self.sd_model, ")
+    before, hook = (folded(line) for line in told), folded("self.scripts.process_before_every_sampling(")
+    sampled = text[text.index(folded("class StableDiffusionProcessingImg2Img")) :]
+    sampled = sampled[sampled.index(folded("def sample(self")) :]
+    places = [sampled.index(line) for line in (*before, hook)]
+    assert places == sorted(places)
+    assert "modified_noise=None" in sampled
 
 
 def test_the_host_keeps_its_order(host: Path) -> None:

@@ -332,7 +332,7 @@ def test_a_model_that_draws_gives_the_source_all_the_same(
 
 
 def test_a_replay_that_misses_its_source_says_so(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What acts at a step once a request (LoRA block weight's start and stop) has acted when the sampling begins."""
+    """What acts once for good has acted when the sampling begins."""
     from modules import sd_samplers_cfg_denoiser
 
     forward = sd_samplers_cfg_denoiser.CFGDenoiser.forward

@@ -77,6 +77,39 @@ def patches_the_model(host: SimpleNamespace, seen: list[str]) -> Any:
     return Script()
 
 
+def changes_as_it_goes(host: SimpleNamespace, seen: list[str]) -> Any:
+    """As LoRA block weight does: from a step on the model is another one, until the next sampling is announced.
+
+    At the first it is told of the networks, so the steps it waits for are those of the networks of then.
+    """
+    from modules.sd_samplers_cfg_denoiser import CFGDenoiser
+
+    own = CFGDenoiser.forward
+
+    class Script:
+        late = armed = False
+
+        def process(self, p: Any) -> None:
+            def forward(denoiser: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+                seen.append("late" if self.late else "early")
+                self.late |= self.armed and host.shared.state.sampling_step > 1
+                return own(denoiser, x, *args, **kwargs) * (0.9 if self.late else 1)
+
+            CFGDenoiser.forward = forward
+
+        def after_extra_networks_activate(self, p: Any, **kwargs: Any) -> None:
+            self.armed = True
+
+        def process_before_every_sampling(self, p: Any, **kwargs: Any) -> None:
+            assert self.armed
+            self.late = False
+
+        def postprocess(self, p: Any, processed: Any) -> None:
+            CFGDenoiser.forward = own
+
+    return Script()
+
+
 def makes_inner_requests(host: SimpleNamespace, seen: list[str]) -> Any:
     """As ADetailer does: an img2img of its own, of a copy of the request, from each finished picture."""
 
@@ -101,6 +134,7 @@ NEIGHBOURS: dict[str, Neighbour] = {
     "p.sample": patches_sample,
     "create_sampler": patches_create_sampler,
     "the model": patches_the_model,
+    "a model that changes": changes_as_it_goes,
     "inner requests": makes_inner_requests,
 }
 
@@ -115,10 +149,11 @@ def beside(request: pytest.FixtureRequest, host: SimpleNamespace, monkeypatch: p
         neighbour = NEIGHBOURS[kind](host, seen)
         scripts = [neighbour, host.script] if request.param == "before us" else [host.script, neighbour]
 
-        def call(name: str, p: Any, *more: Any) -> None:
+        def call(name: str, p: Any, *more: Any, **kwargs: Any) -> None:
             for script in [script for script in scripts if hasattr(script, name)]:
                 try:
-                    getattr(script, name)(p, *more, *(p.script_args[1:] if script is host.script else ()))
+                    args = p.script_args[1:] if script is host.script else ()
+                    getattr(script, name)(p, *more, *args, **kwargs)
                 except Exception as error:
                     host.runner.swallowed.append(error)
 
@@ -166,6 +201,37 @@ def test_a_request_works_twice_and_leaves_nothing(host: SimpleNamespace, beside:
     p.script_args = (0,)  # unticked
     (plain,) = pixels(host.processing.process_images(p))
     assert plain == pixels(host.run()[1])[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NEIGHBOURS if kind != "inner requests"])
+def test_a_replay_beside_it_is_the_source_and_each_picture_of_a_sweep_its_strength_s(
+    host: SimpleNamespace, beside: Any, kind: str
+) -> None:
+    """What a neighbour counts or changes while a sampling goes on, it begins anew in the next."""
+    beside(kind)
+    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0}
+    p, processed = host.run({"mode": "replay", "output": ["init"], "cfg": 7}, **fields)
+    assert torch.equal(p.latest_samples, p.init_latent)
+    assert not any("misses" in text for text in p.comments)
+    alone = pixels(host.run(**fields)[1])
+    processed = host.run({"output": ["strength sweep"], "step_increment": 2}, **fields)[1]
+    notes = processed.extra_generation_params["Unsampler images"]
+    assert len(notes) == 4 and pixels(processed)[-1:] == alone
+    for note, picture in zip(notes, pixels(processed)):
+        if note["kind"] == "sweep":
+            at = {**fields, "denoising_strength": note["strength"]}
+            assert picture == pixels(host.run(**at)[1])[0], note
+
+
+def test_an_inversion_beside_one_that_changes_says_that_it_misses(host: SimpleNamespace, beside: Any) -> None:
+    """It walks the other way, where what opens at a later step cannot be foreseen."""
+    beside("a model that changes")
+    fields = {"sampler_name": "Euler", "denoising_strength": 1.0}
+    settings = {"mode": "invert", "output": ["init"], "cfg": 7}
+    p, _ = host.run(settings, **fields)
+    assert [text for text in p.comments if text.startswith("invert: misses the source by") and "beside it" in text]
+    p, _ = host.run({**settings, "positive": "a dog"}, **fields)
+    assert not any("misses" in text for text in p.comments)  # an edit is no miss
 
 
 def test_a_neighbour_that_fails_is_named_and_nothing_is_left(host: SimpleNamespace, beside: Any) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from k_diffusion import sampling as k_sampling
-from modules import devices, extra_networks
+from modules import devices, extra_networks, sd_models
 from torch import Tensor
 
 from ...core import rehearsal
@@ -117,14 +117,9 @@ class Skipped:
             counted: The calls of the whole run.
             skip: The steps that are left out.
         """
-        self._denoiser, self._call, self._skip = denoiser, counted.call(skip, 0), skip
-        self._shown = counted.shown[self._call]
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Has the next call be the run's first one."""
-        self._denoiser.step = self._call
-        show_step(self._shown)
+        self._skip = skip
+        denoiser.step = counted.call(skip, 0)
+        show_step(counted.shown[denoiser.step])
 
     def options(self, options: dict[str, Any]) -> dict[str, Any]:
         """A sampler's options, with the steps that it tells of counted from the whole run's first."""
@@ -197,8 +192,55 @@ def in_sampler(body: Callable[..., Tensor], own: Callable[..., Tensor], p: Any, 
     return out
 
 
+class Samplings:
+    """The samplings of one batch, each announced as the host announces its own: networks active, scripts told.
+
+    The host has announced the first. Hosts promise scripts that they are told before every sampling (of two, with
+    high-res fix): what they change or count in one (an attenuated guidance, LoRA block weight's steps) they begin anew.
+    """
+
+    def __init__(self, p: Any) -> None:
+        self._p = p
+        self._announced = True
+
+    def begin(self, x: Tensor, noise: Tensor, conds: tuple[Any, Any]) -> None:
+        """The next sampling begins: of x, with shape (B, C, [T,] H, W), img2img's noise and (positive, negative)."""
+        p = self._p
+        if not self._announced:
+            if not p.disable_extra_networks:
+                self._activate()
+            if hasattr(p.sd_model, "forge_objects"):
+                p.sd_model.forge_objects = p.sd_model.forge_objects_after_applying_lora.shallow_copy()
+                sd_models.apply_token_merging(p.sd_model, p.get_token_merging_ratio())
+            p.scripts.process_before_every_sampling(p, x=x, noise=noise.clone(), c=conds[0], uc=conds[1])
+            if getattr(p, "modified_noise", None) is not None:
+                p.modified_noise = None  # as at the first
+        self._announced = False
+
+    @contextmanager
+    def networks(self, data: Any) -> Iterator[None]:
+        """Other extra networks (LoRA, ...) than the request's, for a while."""
+        p = self._p
+        if p.disable_extra_networks or data == p.extra_network_data:
+            yield
+            return
+        self._announced = False
+        try:
+            with attribute(p, "extra_network_data", data):
+                self._activate()
+                yield
+        finally:
+            self._activate()
+
+    def _activate(self) -> None:
+        with devices.autocast():
+            extra_networks.activate(self._p, self._p.extra_network_data)
+
+
 @contextmanager
-def prompted(p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
+def prompted(
+    p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any, Any], samplings: Samplings
+) -> Iterator[tuple[Any, Any]]:
     """The conditions under other prompts, built as the host builds them, and its networks switched.
 
     Arguments:
@@ -206,6 +248,7 @@ def prompted(p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any,
         negative: Negative prompt for every image; empty is the request's own.
         cfg: The guidance scale they are for; the request has it within.
         conds: The request's own (positive, negative) conditions.
+        samplings: Those of the batch.
     """
     with attribute(p, "cfg_scale", cfg):
         if not positive and not negative and (cfg == 1 or conds[1] is not None):
@@ -216,25 +259,6 @@ def prompted(p: Any, positive: str, negative: str, cfg: float, conds: tuple[Any,
         other.negative_prompts = [negative] * len(p.prompts) if negative else p.negative_prompts
         if positive:
             other.parse_extra_network_prompts()
-        with _networks(p, other.extra_network_data):
+        with samplings.networks(other.extra_network_data):
             other.setup_conds()
             yield other.c, other.uc
-
-
-@contextmanager
-def _networks(p: Any, data: Any) -> Iterator[None]:
-    """Other extra networks (LoRA, ...) than the request's, for a while."""
-    if p.disable_extra_networks or data == p.extra_network_data:
-        yield
-        return
-    forge = getattr(p.sd_model, "forge_objects", None)
-    patched = None if forge is None else forge.shallow_copy()
-    try:
-        with devices.autocast():
-            extra_networks.activate(p, data)
-        yield
-    finally:
-        with devices.autocast():
-            extra_networks.activate(p, p.extra_network_data)
-        if patched is not None:  # what other extensions had hung on the model for this batch
-            p.sd_model.forge_objects = patched

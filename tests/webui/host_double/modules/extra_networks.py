@@ -11,3 +11,5 @@ def parse_prompts(prompts):
 
 def activate(p, extra_network_data):
     active[:] = extra_network_data.get("lora", [])
+    if p.scripts is not None:
+        p.scripts.after_extra_networks_activate(p, prompts=p.prompts, extra_network_data=extra_network_data)

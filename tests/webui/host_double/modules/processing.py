@@ -148,6 +148,9 @@ class StableDiffusionProcessingImg2Img:
         x = self.rng.next()
         if self.initial_noise_multiplier != 1.0:
             x *= self.initial_noise_multiplier
+        if self.scripts is not None:
+            told = {"x": self.init_latent, "noise": x, "c": conditioning, "uc": unconditional_conditioning}
+            self.scripts.process_before_every_sampling(self, **told)
         samples = self.sampler.sample_img2img(
             self, self.init_latent, x, conditioning, unconditional_conditioning, image_conditioning=None
         )

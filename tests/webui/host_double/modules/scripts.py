@@ -60,11 +60,11 @@ class ScriptRunner:
             return None
         return self.selectable_scripts[script_index - 1].run(p)
 
-    def call(self, name, p, *more):
+    def call(self, name, p, *more, **kwargs):
         for script in [s for s in [self.script, *self.others] if hasattr(s, name)]:
             args = p.script_args[self.script.args_from :] if script is self.script else ()
             try:
-                getattr(script, name)(p, *more, *args)
+                getattr(script, name)(p, *more, *args, **kwargs)
             except Exception as error:
                 self.swallowed.append(error)
 
@@ -80,6 +80,12 @@ class ScriptRunner:
 
     def process(self, p):
         self.call("process", p)
+
+    def after_extra_networks_activate(self, p, **kwargs):
+        self.call("after_extra_networks_activate", p, **kwargs)
+
+    def process_before_every_sampling(self, p, **kwargs):
+        self.call("process_before_every_sampling", p, **kwargs)
 
     def postprocess_image(self, p, pp):
         self.call("postprocess_image", p, pp)
