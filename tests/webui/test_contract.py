@@ -93,7 +93,7 @@ FACTS = {
         "s_churn = getattr(opts, 's_churn', p.s_churn)",
         "self.rng = p.rng",
     ],
-    "sd_samplers_cfg_denoiser.py": ["state.sampling_step, state.sampling_steps,", "self.step += 1"],
+    "sd_samplers_cfg_denoiser.py": ["state.sampling_step, ", "state.sampling_steps, ", "self.step += 1"],
     "progress.py": ["progress += job_no / job_count", "progress += 1 / job_count * sampling_step / sampling_steps"],
     "processing.py": [
         "if getattr(samples_ddim, 'already_decoded', False):",
