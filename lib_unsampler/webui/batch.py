@@ -151,6 +151,13 @@ class BatchRun:
         if off > allowed:
             comment(self.p, f"{settings.mode}: misses the source by {off:.2g} of its deviation; {why}")
 
+    def _why_missed(self, inverted: Inverted) -> str:
+        if getattr(self.p, "nmask", None) is not None:
+            return "inpainting samples the surroundings otherwise than they were inverted"
+        if unconverged(inverted.levels):
+            return "levels did not converge"
+        return "something beside it changes the model from call to call"
+
     def _sweep_below(self, batch: Batch, plan: Plan) -> None:
         """Samples from every kept level below the noisiest first, each as img2img at that strength would."""
         self.sweep = Sweep(self.p, plan, self.settings)
@@ -183,9 +190,7 @@ class BatchRun:
         start, guide = self._start_state(plan), self._guide(plan)
         made, began = onward.sample(batch, plan, start, guide, listen)
         if start is not None and guide is None and self.inverted is not None and self.inverted.comes_back:
-            masked = "inpainting samples the surroundings otherwise than they were inverted"
-            beside = "something beside it changes the model from call to call"
-            self._say_missed(made, batch.x, VISIBLE, beside if getattr(batch.p, "nmask", None) is None else masked)
+            self._say_missed(made, batch.x, VISIBLE, self._why_missed(self.inverted))
         if self.file is None:
             self.began = began  # z, and what img2img may add to it (img2img_extra_noise)
         return made if self.map is None else torch.where(self.map.strengths.to(made) > 0, made, batch.x.to(made))
