@@ -35,7 +35,7 @@ from . import machines, refusals
 from .batch import BatchRun, extra_jobs
 from .driven import Batch
 from .host.codec import Decoded
-from .host.guiding import Samplings
+from .host.guiding import Samplings, reference
 from .host.machines import jobs, missing, place
 from .host.page import animation_folder, earlier_defaults, field_defaults, output_folder, preferences
 from .host.progress import add_jobs, quiet
@@ -173,6 +173,7 @@ class Request:
         self.batch: dict[str, Any] = {}
         self.own = 0
         self.saved: Trajectory | None = None
+        self.reference: Any = None
         self.runs: list[BatchRun] = []
         self.waiting = Waiting()
 
@@ -209,7 +210,9 @@ class Request:
         _unpatch(self.p, "init")
         try:
             self._check()
-            return self._own["init"](*args, **kwargs)
+            made = self._own["init"](*args, **kwargs)
+            self.reference = reference(self.p)
+            return made
         except BaseException:
             detach(self.p)
             raise

@@ -144,6 +144,18 @@ def test_a_later_request_replays_the_file() -> None:
     assert len(later["images"]) == 2 and all(same(image, first["images"][0]) for image in later["images"])
 
 
+def test_a_later_request_edits_by_the_file_as_its_own_request_did() -> None:
+    """Also where the model is shown the picture beside the prompt (Neo's Flux.2-Klein): prompts for the source make
+    conditions anew in the first request, and none in the later one."""
+    recorded = {"mode": "replay", "cfg": 3, "positive": "a red dog", "output": ["latents", "init"]}
+    img2img(prompt="another")  # the host keeps conditions from request to request
+    first = img2img(recorded, **WHOLE)
+    img2img(prompt="another")
+    (name,) = first["params"]["Unsampler latents names"]
+    later = img2img({"mode": "replay", "output": ["init"], "trajectory": name}, **WHOLE)
+    assert apart(pixels(later)[-1], pixels(first)[-1]) <= 1
+
+
 @pytest.mark.parametrize("name", [n for n in samplers() if n in DETERMINISTIC])
 def test_an_exact_inversion_comes_back_nearer_than_reverse_and_noise(name: str) -> None:
     runs = ({"mode": "invert"}, {"mode": "invert", "solver": "reverse"}, {})
@@ -184,8 +196,10 @@ def test_a_stochastic_sampler_is_inverted_as_its_kin_with_a_message(name: str) -
     ],
 )
 def test_what_cannot_be_driven_is_refused(settings: dict[str, Any], fields: dict[str, Any], said: str) -> None:
+    if fields and fields["sampler_name"] not in samplers():
+        pytest.skip(f"this WebUI has no {fields['sampler_name']} (Neo): it samples with another one and says so")
     reply = img2img(settings, **fields)
-    assert reply["status"] == 422 and said in reply["detail"]
+    assert reply["status"] == 422 and said.lower() in reply["detail"].lower()
 
 
 def test_interrupting_an_inversion_leaves_nothing(plain: list[bytes]) -> None:  # noqa: F811

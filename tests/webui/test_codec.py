@@ -46,6 +46,25 @@ def test_a_latents_file_is_named_as_a_picture_of_its_size(
     assert sizes[0] == (64, 64)
 
 
+@pytest.mark.parametrize("settings", [{"noise": "path"}, {"mode": "invert"}, {"output": ["init", "strength sweep"]}])
+def test_a_batch_whose_latent_is_encoded_once_is_as_any(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Neo's Qwen-Image encodes the first picture alone, and its sampling broadcasts it against the noise."""
+    asked = {"output": ["init", "frames", "latents"], **settings}
+    usual, shown = host.run(asked, batch_size=2)
+    init = host.processing.StableDiffusionProcessingImg2Img.init
+
+    def encoding_once(p: Any, *args: Any) -> None:
+        init(p, *args)
+        p.init_latent = p.init_latent[:1]
+
+    monkeypatch.setattr(host.processing.StableDiffusionProcessingImg2Img, "init", encoding_once)
+    once, again = host.run(asked, batch_size=2)
+    assert torch.equal(once.latest_samples, usual.latest_samples) and len(once.latest_samples) == 2
+    assert [i.tobytes() for i in again.images] == [i.tobytes() for i in shown.images]
+
+
 @pytest.mark.parametrize("factor", [8, 16])
 def test_the_decoder_s_memory_is_of_pixels(host: SimpleNamespace, factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU with room for three pictures of 512 x 512 at a time, where the host decodes them together."""

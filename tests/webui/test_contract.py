@@ -277,3 +277,27 @@ def test_replay_through_forge_s_own_flow_steps(monkeypatch: pytest.MonkeyPatch, 
     assert torch.equal(torch.stack(seen), recording.states)
     torch.testing.assert_close(recording.states, states.flip(0), rtol=2e-6, atol=2e-6)
     assert torch.equal(out, source)
+
+
+def test_an_edit_model_s_picture_is_where_we_look(host: Path) -> None:
+    """Neo's: encoding keeps it, the next conditions take it, and every call is shown the last conditions' pictures."""
+    engines = [host.parent / f"backend/diffusion_engine/{name}.py" for name in ("flux", "flux2", "qwen")]
+    if not engines[1].exists():
+        pytest.skip("this host has no Flux.2")
+    for engine in engines:
+        text = source(host, engine)
+        assert [
+            t
+            for t in ("self.ini_latent = None", "self.ini_latent = s", "dynamic_args.ref_latents")
+            if folded(t) not in text
+        ] == []
+    assert folded("class dynamic_args") in source(host, host.parent / "backend/args.py")
+    assert folded("ref_latents or dynamic_args.ref_latents") in source(host, host.parent / "backend/nn/flux.py")
+
+
+def test_the_factor_between_latents_and_pixels_is_the_model_s(host: Path) -> None:
+    """Flux.2's autoencoder makes a sixteenth."""
+    codec = host.parent / "backend/patcher/vae.py"
+    if not codec.exists() or "upscale_ratio = 16" not in codec.read_text(encoding="utf-8"):
+        pytest.skip("this host has no such autoencoder")
+    assert folded("processing.opt_f = sd_model.forge_objects.vae.upscale_ratio") in source(host, "sd_models.py")

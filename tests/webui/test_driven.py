@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,6 +88,51 @@ def test_the_way_back_has_its_own_prompts_scale_and_networks(host: SimpleNamespa
     assert {(*c.prompts, c.scale, c.networks) for c in back} == {("a dog ", 1, ("pets",))}
     assert {(*c.prompts, c.scale, c.networks) for c in forward} == {("a cat ", 7.0, ("cats",))}
     assert p.cfg_scale == 7.0
+
+
+@pytest.fixture
+def edit_model(host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A host with an edit model, as Neo has Flux.2-Klein: encoded pictures are given to conditions, then to calls."""
+    kind, told = host.processing.StableDiffusionProcessingImg2Img, SimpleNamespace(ref_latents=[])
+    monkeypatch.setitem(sys.modules, "backend.args", SimpleNamespace(dynamic_args=told))
+    init, setup_conds = kind.init, kind.setup_conds
+    seen = SimpleNamespace(conditions=[], told=told, model=None)
+
+    def encoding(p: Any, *args: Any) -> None:
+        init(p, *args)
+        seen.model, p.sd_model.ini_latent = p.sd_model, p.init_latent
+
+    def giving(p: Any) -> None:
+        picture, p.sd_model.ini_latent = p.sd_model.ini_latent, None
+        told.ref_latents = [] if picture is None else [picture]
+        seen.conditions.append(picture)
+        setup_conds(p)
+
+    monkeypatch.setattr(kind, "init", encoding)
+    monkeypatch.setattr(kind, "setup_conds", giving)
+    return seen
+
+
+@pytest.mark.parametrize("settings", [INVERT, {"mode": "replay", "output": ["init"]}])
+def test_an_edit_model_sees_its_picture_under_any_prompt(
+    host: SimpleNamespace, edit_model: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Prompts for the source make conditions anew: they have the picture, and so have all calls, the sampling's too."""
+    from modules import sd_samplers_cfg_denoiser
+
+    forward, shown = sd_samplers_cfg_denoiser.CFGDenoiser.forward, []
+
+    def noted(self: Any, *args: Any, **more: Any) -> torch.Tensor:
+        shown.append(list(edit_model.told.ref_latents))
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(sd_samplers_cfg_denoiser.CFGDenoiser, "forward", noted)
+    p, _ = host.run(
+        {**settings, "positive": "a dog"}, sampler_name="Euler a" if "replay" in settings.values() else "Euler"
+    )
+    assert len(edit_model.conditions) == 2 and all(given is p.init_latent for given in edit_model.conditions)
+    assert shown and all(len(given) == 1 and given[0] is p.init_latent for given in shown)
+    assert edit_model.model.ini_latent is None
 
 
 def test_a_space_is_an_empty_prompt(host: SimpleNamespace, calls: list[Call]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -260,5 +261,26 @@ def prompted(
         if positive:
             other.parse_extra_network_prompts()
         with samplings.networks(other.extra_network_data):
-            other.setup_conds()
+            with _of_its_picture(p):
+                other.setup_conds()
             yield other.c, other.uc
+
+
+def reference(p: Any) -> Any:
+    """The picture that an edit model (Neo's Flux.2-Klein, Kontext, Qwen-Image-Edit) gives to its next conditions."""
+    return getattr(p.sd_model, "ini_latent", None)
+
+
+@contextmanager
+def _of_its_picture(p: Any) -> Iterator[None]:
+    """Has conditions built within be of the request's picture too, where they are an edit model's.
+
+    Neo gives the picture to the first conditions alone that are built after it was encoded, and shows its model what
+    the last ones were of.
+    """
+    told = getattr(sys.modules.get("backend.args"), "dynamic_args", None)
+    if not hasattr(told, "ref_latents"):
+        yield
+        return
+    with attribute(told, "ref_latents", []), attribute(p.sd_model, "ini_latent", p.batch_unsampler.reference):
+        yield
