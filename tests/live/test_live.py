@@ -130,9 +130,9 @@ def samplers() -> list[str]:
     return [s["name"] for s in ask("/sdapi/v1/samplers")] if URL else []
 
 
-def sampled_by_the_host(name: str) -> list[bytes]:
+def sampled_by_the_host(name: str, **fields: Any) -> list[bytes]:
     """The host's own picture with a sampler. Some of its samplers fail with some models (Neo: RF ones with eps)."""
-    reply = img2img(sampler_name=name)
+    reply = img2img(sampler_name=name, **fields)
     if not is_picture(reply["images"][0]):
         pytest.skip(f"the host's own pictures by {name} are black with this model")
     return pixels(reply)

@@ -197,7 +197,7 @@ def test_a_stochastic_sampler_is_inverted_as_its_kin_with_a_message(name: str) -
 )
 def test_what_cannot_be_driven_is_refused(settings: dict[str, Any], fields: dict[str, Any], said: str) -> None:
     if fields and fields["sampler_name"] not in samplers():
-        pytest.skip(f"this WebUI has no {fields['sampler_name']} (Neo): it samples with another one and says so")
+        pytest.skip(f"this WebUI has no {fields['sampler_name']}")
     reply = img2img(settings, **fields)
     assert reply["status"] == 422 and said.lower() in reply["detail"].lower()
 
