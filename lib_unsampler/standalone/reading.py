@@ -306,17 +306,16 @@ def _shrunk(
     picture: Image.Image, final: tuple[int, int], convert: Convert, resampling: Image.Resampling
 ) -> Image.Image:
     """A picture converted and of its final size: in bands, averaged down on the way where it is much larger."""
-    factor = max(1, min(side // (GAP * wanted) for side, wanted in zip(picture.size, final)))
-    size = -(-picture.width // factor), -(-picture.height // factor)
+    across, down = (max(1, side // (GAP * wanted)) for side, wanted in zip(picture.size, final))
+    size = -(-picture.width // across), -(-picture.height // down)
     page = Image.new("RGB", size)
-    for box in _boxes(picture, factor):
-        band = convert(picture.crop(box))
-        band = band.reduce(factor) if factor > 1 else band
+    for box in _boxes(picture, down):
+        band = convert(picture.crop(box)).reduce((across, down))
         page = page if page.mode == band.mode else Image.new(band.mode, size)
-        page.paste(band, (0, box[1] // factor))
-    if page.size == final and factor == 1:
+        page.paste(band, (0, box[1] // down))
+    if page.size == final == picture.size:
         return page
-    whole = (0, 0, picture.width / factor, picture.height / factor)
+    whole = (0, 0, picture.width / across, picture.height / down)
     return page.resize(final, resampling, box=whole)
 
 

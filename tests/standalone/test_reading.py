@@ -335,3 +335,17 @@ def test_the_largest_picture_takes_little_more_than_its_own_pixels(tmp_path: Pat
     *shape, least, added = done.stdout.split()
     assert shape == ["1", "3", "512", "512"] and float(least) == 1 and int(added) < 350_000
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 30
+
+
+@pytest.mark.parametrize("size", [(3, 400_000), (400_000, 3)], ids=["tall", "wide"])
+def test_a_strip_is_made_small_band_by_band(
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by fuzzing: a TIFF of 362 bytes, 12 x 14221322, was held once more in full colour."""
+    ramp = Image.linear_gradient("L").resize((3, 400_000), Image.Resampling.BOX)
+    (ramp if size[0] == 3 else ramp.transpose(Image.Transpose.TRANSPOSE)).save(tmp_path / "strip.png")
+    new, made = Image.new, []
+    monkeypatch.setattr(reading.Image, "new", lambda mode, size, *args: made.append(size) or new(mode, size, *args))
+    read = reading.load_picture(tmp_path / "strip.png", 32)[0, 0].flatten()
+    assert max(width * height for width, height in made) < 10_000
+    assert torch.allclose(read, torch.linspace(-1, 1, 65)[1::2], atol=0.05)
