@@ -314,7 +314,7 @@ class _AskedAgain(Around):
             if off > SAME:
                 raise ReplayError(
                     f"model: asked the same twice it gives two answers, {off:.2g} apart, from which no picture comes "
-                    "back; turn off what draws at random within it (token merging, hypertile)"
+                    "back; turn off what draws at random (token merging, hypertile) or counts calls (FreeU)"
                 )
         return denoised
 
