@@ -2,6 +2,7 @@
 
 Run with ``-m live``. Requests are made repeatable by an all-white mask whose content is seeded latent
 noise: the host's VAE otherwise encodes a picture with an unseeded draw.
+An edit model is shown the picture all the same (Neo's Flux.2-Klein): switch its option ``klein_no_reference`` on.
 """
 
 from __future__ import annotations
