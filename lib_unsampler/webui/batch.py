@@ -82,7 +82,7 @@ class BatchRun:
         if x.ndim > 4 and x.shape[2] > 1:
             raise ValueError("videos are not supported, only pictures")
         if len(x) == 1:  # Neo's Qwen-Image encodes one latent for the whole batch
-            x = x.expand(len(batch.noise), *x.shape[1:])
+            x = x.expand(len(self.p.prompts), *x.shape[1:])
         same_shape(batch.noise, x, "img2img's noise")
         plan = self._plan()
         batch = replace(batch, x=x.detach().clone(), noise=batch.noise.detach().clone())
