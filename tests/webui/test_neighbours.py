@@ -203,23 +203,30 @@ def test_a_request_works_twice_and_leaves_nothing(host: SimpleNamespace, beside:
     assert plain == pixels(host.run()[1])[0]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NEIGHBOURS if kind != "inner requests"])
-def test_a_replay_beside_it_is_the_source_and_each_picture_of_a_sweep_its_strength_s(
-    host: SimpleNamespace, beside: Any, kind: str
-) -> None:
+ONE_REQUEST = [kind for kind in NEIGHBOURS if kind != "inner requests"]
+SINGLE = {"sampler_name": "Euler a", "denoising_strength": 1.0}
+
+
+@pytest.mark.parametrize("kind", ONE_REQUEST)
+def test_a_replay_beside_it_is_the_source(host: SimpleNamespace, beside: Any, kind: str) -> None:
     """What a neighbour counts or changes while a sampling goes on, it begins anew in the next."""
     beside(kind)
-    fields = {"sampler_name": "Euler a", "denoising_strength": 1.0}
-    p, processed = host.run({"mode": "replay", "output": ["init"], "cfg": 7}, **fields)
+    p, _ = host.run({"mode": "replay", "output": ["init"], "cfg": 7}, **SINGLE)
     assert torch.equal(p.latest_samples, p.init_latent)
     assert not any("misses" in text for text in p.comments)
-    alone = pixels(host.run(**fields)[1])
-    processed = host.run({"output": ["strength sweep"], "step_increment": 2}, **fields)[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ONE_REQUEST if kind != "a model that changes"])
+def test_each_picture_of_a_sweep_beside_it_is_its_strength_s(host: SimpleNamespace, beside: Any, kind: str) -> None:
+    """Others are told of a sweep once, so one that counts its calls goes on counting from level to level."""
+    beside(kind)
+    alone = pixels(host.run(**SINGLE)[1])
+    processed = host.run({"output": ["strength sweep"], "step_increment": 2}, **SINGLE)[1]
     notes = processed.extra_generation_params["Unsampler images"]
     assert len(notes) == 4 and pixels(processed)[-1:] == alone
     for note, picture in zip(notes, pixels(processed)):
         if note["kind"] == "sweep":
-            at = {**fields, "denoising_strength": note["strength"]}
+            at = {**SINGLE, "denoising_strength": note["strength"]}
             assert picture == pixels(host.run(**at)[1])[0], note
 
 

@@ -198,6 +198,7 @@ class Samplings:
 
     The host has announced the first. Hosts promise scripts that they are told before every sampling (of two, with
     high-res fix): what they change or count in one (an attenuated guidance, LoRA block weight's steps) they begin anew.
+    The pictures of a strength sweep are one sampling to them.
     """
 
     def __init__(self, p: Any) -> None:
