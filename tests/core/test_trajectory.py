@@ -19,7 +19,7 @@ from torch import Tensor
 from lib_unsampler.core.noising import SeededDraws, unsample
 from lib_unsampler.core.replay import Recording, record
 from lib_unsampler.core.schedule import levels
-from lib_unsampler.core.trajectory import Trajectory, TrajectoryError, load, save
+from lib_unsampler.core.trajectory import Trajectory, TrajectoryError, cut, load, save
 from lib_unsampler.standalone.sampling import kd
 
 Latent = Callable[..., Tensor]
@@ -406,3 +406,14 @@ def test_what_is_told_of_a_replay_is_checked(changed: dict[str, Any], said: str,
     told = json.loads(contents(file)[1]["replay"])
     damaged(file, {"replay": json.dumps({**told, **changed})})
     assert_refused(file, said)
+
+
+def test_a_walk_is_cut_at_a_level_that_it_holds(latent: Latent) -> None:
+    whole = make(latent(2, 3, 4, 5), mask=torch.ones(2, 1, 4, 5))  # of steps 3 and 1
+    same, shorter = cut(whole, 1), cut(whole, 3)
+    assert same.handoff is whole.handoff and torch.equal(same.z, whole.z) and same.start == 1
+    assert shorter.handoff is None and torch.equal(shorter.z, whole.z[:1]) and shorter.start == 3
+    assert cut(make(latent(2, 3, 4, 5), maps=True), 3).replay is None, "it samples from step 2 on"
+    for step in (0, 2, 4, 5):
+        with pytest.raises(TrajectoryError, match=f"step {step} is not one of the levels that were kept"):
+            cut(whole, step)
