@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from disks import files_up_to
 
 from lib_unsampler.core.kept import Kept
 from lib_unsampler.files import spool
 
-resource = pytest.importorskip("resource", reason="a full disk is played by a limit that only POSIX has")
 READS: dict[str, Callable[[Kept], object]] = {"stack": Kept.stack, "tensors": lambda kept: list(kept.tensors())}
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("side", [8, 64], ids=["in the buffer", "beyond it"])

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
 import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from disks import files_up_to
 from PIL import Image
 
 from lib_unsampler.files import whole
@@ -407,19 +405,6 @@ def test_a_name_may_be_as_long_as_the_system_allows(ending: str, tmp_path: Path)
     path = tmp_path / ("x" * (255 - len(ending)) + ending)
     write(path, [flat(COLOURS[0])], Timing([0.1]))
     assert_colours(read(path), COLOURS[:1], ending)
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """As on a disk that fills up: a file may not grow beyond ``size``."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")

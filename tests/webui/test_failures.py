@@ -7,17 +7,17 @@ import errno
 import gc
 import os
 import re
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from disks import files_up_to
 from doubled import reset_state
 from PIL import Image
 
@@ -45,17 +45,6 @@ def raising(error: Exception, after: int = 0) -> Callable[..., Any]:
 def breaking(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, after: int = 0) -> None:
     own, fail = getattr(owner, name), raising(error, after)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: fail(own, *args, **kwargs))
-
-
-@contextmanager
-def files_up_to(size: int) -> Iterator[None]:
-    """As on a disk that fills up, in any thread: a file may not grow beyond ``size``."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def open_below(folder: Path) -> list[str]:
