@@ -79,7 +79,8 @@ class Batch:
         return self.conditioning, self.unconditional_conditioning
 
     def sample_at(self, total: int, index: int) -> Tensor:
-        """The host's own sampling from another level of its schedule of ``total`` steps; others are not told."""
+        """The host's own sampling from another level of its schedule of ``total`` steps, before :meth:`sample`."""
+        self.samplings.begin(self.x, self.noise, self.conds, goes_on=True)
         with start_at(self.p, total, index) as steps:
             return self.own(self.p, self.x, self.noise, *self.conds, steps, self.image_conditioning)
 

@@ -205,8 +205,11 @@ class Samplings:
         self._p = p
         self._announced = True
 
-    def begin(self, x: Tensor, noise: Tensor, conds: tuple[Any, Any]) -> None:
-        """The next sampling begins: of x, with shape (B, C, [T,] H, W), img2img's noise and (positive, negative)."""
+    def begin(self, x: Tensor, noise: Tensor, conds: tuple[Any, Any], *, goes_on: bool = False) -> None:
+        """The next sampling begins: of x, with shape (B, C, [T,] H, W), img2img's noise and (positive, negative).
+
+        With ``goes_on`` what begins next is still of the same.
+        """
         p = self._p
         if not self._announced:
             if not p.disable_extra_networks:
@@ -217,7 +220,7 @@ class Samplings:
             p.scripts.process_before_every_sampling(p, x=x, noise=noise.clone(), c=conds[0], uc=conds[1])
             if getattr(p, "modified_noise", None) is not None:
                 p.modified_noise = None  # as at the first
-        self._announced = False
+        self._announced = goes_on
 
     @contextmanager
     def networks(self, data: Any) -> Iterator[None]:
