@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from test_live import CAT, URL, frames_of, img2img
-from test_page import begin_again, paste, put, quoted, sync_api
+from test_page import begin_again, paste, put, quoted, results, shown_in_gallery, sync_api, upload
 
 from lib_unsampler.settings import parse, to_infotext
 
@@ -28,7 +28,6 @@ TABS: list[tuple[int, dict[str, Any]]] = [
     (11, {"output": ["animation", "frames"], "noise": "path", "format": "webp"}),
     (12, {"mode": "replay", "output": ["frames", "init"], "captions": True}),
 ]
-SHOWN = "#img2img_gallery img:not(.livePreview img)"
 ASKED: list[dict[str, Any]] = [{"output": ["frames", "init"], "noise": "independent"}, {"output": ["animation"]}]
 
 
@@ -54,30 +53,19 @@ def prepare(page: Any, folder: Path, seed: int, settings: dict[str, Any]) -> Non
     mask = "Denoising strength: 0.7, Mask blur: 0, Masked content: latent noise, Inpaint area: Whole picture"
     sampling = "Steps: 12, Sampler: Euler a, Schedule type: Automatic, CFG scale: 2, Seed: 5, Size: 128x128"
     paste(page, f"a cat\n{sampling}, {mask}, Unsampler version: 0, {lines}")
-    page.locator("#mode_img2img > div.tab-nav button:has-text('Inpaint upload')").click()
-    page.locator("#img_inpaint_base input[type=file]").set_input_files(str(folder / "cat.png"))
-    page.locator("#img_inpaint_mask input[type=file]").set_input_files(str(folder / "mask.png"))
-    page.wait_for_timeout(1500)
-    put(page, "#img2img_mask_blur", 0)
+    upload(page, folder / "cat.png", folder / "mask.png")
     put(page, "#img2img_seed", seed)
     page.locator("#img2img_inpainting_fill label", has_text="latent noise").click()
 
 
 def first_shown(page: Any) -> str:
-    gallery = page.locator(SHOWN)
-    return str(gallery.first.get_attribute("src")) if gallery.count() else ""
+    return next(iter(shown_in_gallery(page)), "")
 
 
 def result(page: Any, before: str) -> list[str]:
     """What a tab shows once it shows something new: its pictures' frames, in short."""
-    for _ in range(600):
-        if first_shown(page) not in ("", before) and not page.locator("#img2img_interrupt").is_visible():
-            break
-        page.wait_for_timeout(500)
-    page.wait_for_timeout(3000)
-    sources = page.locator(SHOWN).evaluate_all("images => images.map(image => image.src)")
     shown = []
-    for source in dict.fromkeys(sources):
+    for source in results(page, before):
         read = Image.open(io.BytesIO(page.request.get(source).body()))
         shown.append(hashlib.sha256(b"".join(frames_of(read))).hexdigest())
     return shown

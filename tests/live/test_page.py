@@ -232,6 +232,35 @@ def size_said(text: str) -> float:
     return float(number) * {"B": 1, "kB": 1e3, "MB": 1e6}[unit]
 
 
+def upload(page: Any, picture: Path, mask: Path) -> None:
+    """A picture and its mask, unblurred, by the tab *Inpaint upload*."""
+    page.locator("#mode_img2img > div.tab-nav button:has-text('Inpaint upload')").click()
+    page.locator("#img_inpaint_base input[type=file]").set_input_files(str(picture))
+    page.locator("#img_inpaint_mask input[type=file]").set_input_files(str(mask))
+    page.wait_for_timeout(1500)
+    put(page, "#img2img_mask_blur", 0)
+
+
+def shown_in_gallery(page: Any) -> list[str]:
+    """What the gallery's pictures are read from, each once."""
+    sources = page.locator("#img2img_gallery img:not(.livePreview *)").evaluate_all("all => all.map(each => each.src)")
+    return list(dict.fromkeys(sources))
+
+
+def results(page: Any, before: str) -> list[str]:
+    """What the gallery shows when a run that was asked for is over, whose first picture is not ``before``.
+
+    A busy host shows previews meanwhile, and Neo's stand where results do.
+    """
+    for _ in range(600):
+        page.wait_for_timeout(500)
+        running = page.locator("#img2img_interrupt").is_visible()
+        if not running and shown_in_gallery(page)[:1] not in ([], [before]):
+            break
+    page.wait_for_timeout(3000)
+    return shown_in_gallery(page)
+
+
 def test_a_map_guides_from_inpaint_upload(page: Any, tmp_path: Path) -> None:
     """Black on the left, grey on the right: the API's picture of the same request, and the source on the left.
 
@@ -249,17 +278,10 @@ def test_a_map_guides_from_inpaint_upload(page: Any, tmp_path: Path) -> None:
     written = "Denoising strength: 0.8, Unsampler version: 0"
     sampled = f"Steps: 8, Sampler: Euler, Schedule type: {SCHEDULER}, CFG scale: 2, Seed: 5, Size: 128x128"
     paste(page, f"pasted\n{sampled}, {written}, {lines}")
-    page.locator("#mode_img2img > div.tab-nav button:has-text('Inpaint upload')").click()
-    page.locator("#img_inpaint_base input[type=file]").set_input_files(str(tmp_path / "cat.png"))
-    page.locator("#img_inpaint_mask input[type=file]").set_input_files(str(tmp_path / "map.png"))
-    page.wait_for_timeout(1500)
-    put(page, "#img2img_mask_blur", 0)
+    upload(page, tmp_path / "cat.png", tmp_path / "map.png")
     page.locator("#img2img_inpaint_full_res label", has_text="Whole picture").click()  # Neo begins with the other
     page.click("#img2img_generate")
-    gallery = page.locator("#img2img_gallery img:not(.livePreview *)")  # a busy host shows previews first
-    gallery.first.wait_for(timeout=300000)
-    page.wait_for_timeout(3000)
-    made = Image.open(io.BytesIO(page.request.get(gallery.first.evaluate("image => image.src")).body())).convert("RGB")
+    made = Image.open(io.BytesIO(page.request.get(results(page, "")[0]).body())).convert("RGB")
     if page.evaluate("typeof ForgeCanvas != 'undefined'"):
         mask = mask.point(lambda value: 255 if value > 128 else 0)
     with Image.open(tmp_path / "cat.png") as cat:
