@@ -252,7 +252,7 @@ def invert(
 
 def _check_finite(values: Tensor, index: int) -> None:
     """Refuses a walk that has come to no numbers: half precision overflows, or somebody's change of the model."""
-    if not bool(values.isfinite().all()):
+    if not math.isfinite(values.abs().max()):
         raise InversionError(f"the model's answers on the way to step {index} are not finite numbers (NaN or infinite)")
 
 
@@ -291,11 +291,13 @@ class Step:
     def onto(self, y: Tensor) -> Evaluate:
         """F for some images of the batch, with the D and the model calls of its evaluation."""
 
-        def evaluate(x: Tensor, images: list[int]) -> tuple[Tensor, Tensor, int]:
+        def evaluate(x: Tensor, force: Tensor, images: list[int]) -> tuple[Tensor, int]:
             chosen = None if len(images) == len(y) else torch.tensor(images)
+            missed = force.view_as(x)
             if self._weight is not None:
                 d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
-                return torch.lerp(x, d, self._weight).sub_(some(y, images)), d, 1
+                torch.lerp(x, d, self._weight, out=missed).sub_(some(y, images))
+                return d, 1
             estimates: list[Tensor] = []
 
             def denoise(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
@@ -303,7 +305,8 @@ class Step:
                 return estimates[-1]
 
             reached = self._function(denoise, x, self._sigmas, extra_args={}, disable=True)
-            return reached - some(y, images), estimates[0], len(estimates)
+            torch.sub(reached, some(y, images), out=missed)
+            return estimates[0], len(estimates)
 
         return evaluate
 
@@ -346,6 +349,7 @@ class _Run:
         self._levels = levels
         self._schedule = levels.schedule.double()
         self._sigmas: list[float] = self._schedule.tolist()
+        self._uploaded = uploaded(self._schedule.numpy(), self._like)
         self._function = function
         self._per_step = calls_per_step
         self._prediction = prediction
@@ -439,7 +443,7 @@ class _Run:
         def denoise(x: Tensor, sigma: Tensor, stage: int, images: Tensor | None) -> Tensor:
             return self._denoise(x, sigma, first + stage, images)
 
-        return Step(denoise, self._function, uploaded(self._schedule[index : index + 2].numpy(), self._like), weight)
+        return Step(denoise, self._function, self._uploaded[index : index + 2], weight)
 
     def _weights(self) -> dict[int, float | None]:
         """D's weight in the step from each visited level, where that makes one call."""

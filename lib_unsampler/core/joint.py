@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .fixedpoint import CAUTION, PROGRESS, Solved, uploaded
+from .precise import precise
 from .secants import Secants, Steps
 
 Answer = Callable[[Tensor, "list[int]", "list[int]"], Tensor]
@@ -65,12 +66,13 @@ def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[NDArray[
     count = len(schedule) - 1
     states: list[Tensor] = []
 
+    units = torch.eye(count + 1, dtype=torch.float64)[:, None]
+
     def denoise(x: Tensor, sigma: Tensor, **_: object) -> Tensor:
         states.append(x[0].clone())
-        return torch.eye(count + 1, dtype=x.dtype)[len(states)][None]
+        return units[len(states)]
 
-    start = torch.eye(count + 1).double()[:1]
-    states.append(function(denoise, start, schedule, extra_args={}, disable=True)[0])
+    states.append(function(denoise, units[0], schedule, extra_args={}, disable=True)[0])
     rows = torch.stack(states).numpy()
     alpha = rows[1:, 0] / rows[:-1, 0]
     gamma = rows[1:, 1:] - alpha[:, None] * rows[:-1, 1:]
@@ -262,6 +264,7 @@ class Joint:
         self._floor[at] = np.where(seen, np.minimum(self._floor[at], error), self._floor[at])
         self._moved[at] = 0
 
+    @precise()
     def _forces(self, low: int, front: int) -> Tensor:
         """All at once, as products of two small matrices with the states and the answers."""
         count, below = front + 1 - low, max(low - 1, 0)  # extrapolated answers look one level below

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import Sample, turned, uploaded
+from .fixedpoint import Sample, parted, uploaded
+from .pairs import turned
+from .precise import precise
 
 MEMORY, BELOW = 4, 2
 """Secants kept of a level, and levels below whose secants a level uses too."""
@@ -73,9 +75,9 @@ class Secants:
         size, values = source.shape
         slots = MEMORY * len(sigmas)
         self._sigmas = sigmas
-        self._pairs = source.new_empty(size, slots, 2, values)  # dx and dD
+        self._pairs = source.new_empty(slots, 2, size, values)  # dx and dD
         self._sample = Sample(values, SAMPLED)
-        self._sampled = source.new_empty(size, slots, 2, self._sample.size)
+        self._sampled = source.new_empty(slots, 2, size, self._sample.size)
         self._lengths = np.ones((size, slots))  # of dx
         self._uu, self._uv = np.zeros((2, size, slots, slots))
         self._forces = np.zeros((size, slots, 0))  # u . F
@@ -87,10 +89,10 @@ class Secants:
     def store(self, place: int, image: int, x: tuple[Tensor, Tensor], d: tuple[Tensor, Tensor], length: float) -> None:
         """Keeps the pair of two calls, each of x and D newest first; ``length`` is that of dx."""
         slot = int(place * MEMORY + self._stored[image, place] % MEMORY)
-        pair = self._pairs[image, slot]
+        pair = self._pairs[slot, :, image]
         torch.sub(*x, out=pair[0])
         torch.sub(*d, out=pair[1])
-        self._sampled[image, slot] = self._sample.of(pair)
+        self._sampled[slot, :, image] = self._sample.of(pair).flatten(1)
         self._lengths[image, slot] = length
         self._stored[image, place] += 1
         self._new[image].append(slot)
@@ -100,21 +102,22 @@ class Secants:
         first = np.maximum(0, lowest - BELOW)
         self._stored[np.arange(self._stored.shape[1]) < first[:, None]] = 0
         joined = slice(self._slots.stop, (front + 1) * MEMORY)
-        self._pairs[:, joined], self._sampled[:, joined] = 0.0, 0.0
+        self._pairs[joined], self._sampled[joined] = 0.0, 0.0
         self._slots = slice(int(first.min()) * MEMORY, joined.stop)
 
+    @precise()
     def products(self, force: Tensor) -> list[Tensor]:
         """Of the new dx and dD, k of each image's, and of N forces, (N, B, values), with the window's W vectors.
 
         Returns:
             With dx, of shape (B, 2 k + N, W), and the new dx with dD, (B, k, W).
         """
-        of_x, of_d = self._sampled[:, self._slots].unbind(2)
+        of_x, of_d = self._sampled[self._slots].unbind(1)
         most = max(map(len, self._new))
         slots = np.array([new + [0] * (most - len(new)) for new in self._new], int)  # filled up with any
-        new = self._sampled[uploaded(np.arange(len(slots))[:, None], force), uploaded(slots, force)]
-        rows = torch.cat([*new.unbind(2), self._sample.of(force).transpose(0, 1)], 1)
-        return [torch.bmm(rows, of_x.mT), torch.bmm(new[:, :, 0], of_d.mT)]
+        new = self._sampled[uploaded(slots.T, force), :, uploaded(np.arange(len(slots)), force)]
+        rows = torch.cat([*new.unbind(2), self._sample.of(force).flatten(2)])
+        return [_products(rows, of_x), _products(rows[:most], of_d)]
 
     def learn(self, products: NDArray[Any], rows: int) -> None:
         """Takes in what :meth:`products` gave, looked at, one after the other; ``rows`` is N."""
@@ -130,6 +133,7 @@ class Secants:
             uu[at, new], uv[at, new] = uu[new, at].T, (of_x[image, most : most + len(new)] / own).T
             new.clear()
 
+    @precise()
     def solve(self, steps: Steps, forces: Tensor, x: Tensor, d: Tensor) -> None:
         r"""Takes x and D, with shape (N, B, values), the step that the secants expect to leave no force.
 
@@ -147,9 +151,9 @@ class Secants:
         of_u, of_v = self._added(kriged, self._weights(kriged, inverse, lever) * steps.moving[:, :, None])
         of_x = np.concatenate([inverse, -lever], 2)  # of the forces, and of what the secants add to D
         of_d = kriged.scalar[..., None] * of_x + np.eye(count, 2 * count, count)
-        both, window = forces.transpose(0, 1), self._pairs[:, self._slots]
-        added = torch.bmm(uploaded(of_u, x), window[:, :, 0], out=both[:, count:])
-        added.baddbmm_(uploaded(of_v, x), window[:, :, 1])
+        both, (window_x, window_d) = forces.transpose(0, 1), self._pairs[self._slots].permute(1, 2, 0, 3)
+        added = torch.bmm(uploaded(of_u, x), window_x, out=both[:, count:])
+        added.baddbmm_(uploaded(of_v, x), window_d)
         for states, numbers in ((x, of_x), (d, of_d)):
             states.transpose(0, 1).baddbmm_(uploaded(numbers, x), both)
 
@@ -185,7 +189,8 @@ class Secants:
         slots = of * MEMORY + number
         known = (number < self._stored[:, of]) & (levels >= borrowed)
         slope = self._uv[:, slots, slots]
-        scale = np.where(borrowed == 0, 1.0, turned(slope, self._sigmas[of], self._sigmas[levels])) * known
+        growth = turned(np.clip(slope, 0, 1), self._sigmas[of], self._sigmas[levels])
+        scale = np.where(borrowed == 0, 1.0, growth) * known
         both = known[..., :, None] & known[..., None, :]
         among = np.where(both, self._uu[:, slots[:, :, None], slots[:, None, :]], 0.0)
         noise = np.where(borrowed == 0, OWN_NOISE, BORROWED_NOISE * borrowed) + ~known
@@ -196,3 +201,9 @@ class Secants:
         scalars = self._scalars[:, low : low + count]
         scalars[:] = np.where(known.any(2), scalar, scalars)
         return Kriged(slots, scale, inverse, scalars)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of vectors with shape (n, B, K) and (m, B, K), as (B, n, m)."""
+    of_parts = torch.bmm(parted(a), parted(b).mT)
+    return of_parts.view(a.shape[1], len(of_parts) // a.shape[1], len(a), len(b)).sum(1)

@@ -416,6 +416,38 @@ def test_on_a_gpu_the_states_stay_there_and_are_those_of_the_cpu(solver: str, sa
         torch.testing.assert_close(other.z.cpu(), one.z, rtol=1e-5, atol=1e-5 * one.sigma)
 
 
+ALLOWING = [
+    "high",  # TensorFloat-32 on a GPU, as A1111 does
+    "medium",  # bfloat16 on a processor that has it
+]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("precision", ALLOWING)
+def test_what_precision_a_host_allows_its_model_is_not_the_solver_s(precision: str, sampler: str) -> None:
+    x = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    x = x.to("cuda" if torch.cuda.is_available() else "cpu")
+    plan = levels(kd.get_sigmas_karras(12, 0.0292, 14.6146))
+    seen: set[str] = set()
+
+    def model(z: Tensor, sigma: Tensor, call: int, images: Tensor | None = None) -> Tensor:
+        seen.add(torch.get_float32_matmul_precision())
+        return 0.49 * z / (0.49 + sigma[:, None, None, None] ** 2)
+
+    before = torch.get_float32_matmul_precision()
+    strict = inverted(model, x, plan, "exact", sampler)
+    seen.clear()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        allowed = inverted(model, x, plan, "exact", sampler)
+        assert seen == {precision} == {torch.get_float32_matmul_precision()}
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for one, other in zip(strict, allowed):
+        assert torch.equal(one.z, other.z) and torch.equal(one.calls, other.calls)
+    assert all(level.converged.all() for level in allowed)
+
+
 def test_every_sampler_of_the_settings_is_served_mapped_or_refused() -> None:
     refused = set()
     for sampler in SAMPLERS:
