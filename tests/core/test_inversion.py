@@ -13,6 +13,7 @@ from lib_unsampler.bench._pixels import pixel_denoiser
 from lib_unsampler.bench.inversion import photographs
 from lib_unsampler.core.fixedpoint import Sample
 from lib_unsampler.core.inversion import CALLS, EXACT, KIN, InversionError, Level, Unnumbered, invert, kin, unconverged
+from lib_unsampler.core.precise import KINDS
 from lib_unsampler.core.schedule import Levels, levels
 from lib_unsampler.settings import SAMPLERS
 from lib_unsampler.standalone.embedded import MixturePrior, anchor_mixture, guided, make_model
@@ -424,7 +425,11 @@ ALLOWING = [
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 @pytest.mark.parametrize("precision", ALLOWING)
-def test_what_precision_a_host_allows_its_model_is_not_the_solver_s(precision: str, sampler: str) -> None:
+@pytest.mark.parametrize("kinds", [KINDS, ()], ids=["newer names", "older name"])
+def test_what_precision_a_host_allows_its_model_is_not_the_solver_s(
+    kinds: tuple[Any, ...], precision: str, sampler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib_unsampler.core.precise.KINDS", kinds)
     x = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(1))
     x = x.to("cuda" if torch.cuda.is_available() else "cpu")
     plan = levels(kd.get_sigmas_karras(12, 0.0292, 14.6146))
