@@ -33,8 +33,8 @@ there the solver begins again from the best."""
 SAMPLED, RUN = 2**13, 64
 """About how many values of large latents products are taken of, in runs of how many."""
 
-PART = 512
-"""Values that an inner product is summed over at a time, at least."""
+PARTS = 16
+"""The most that a GPU sums inner products in."""
 
 Evaluate = Callable[[Tensor, Tensor, "list[int]"], tuple[Tensor, int]]
 """``(x, force, images) -> (D(x), model calls)``, x holding the batch's images of these numbers; ``force``, with shape
@@ -239,10 +239,10 @@ class Solver:
 def parted(x: Tensor) -> Tensor:
     """Vectors with shape (n, B, K), as (B P, n, K / P), whose products are those of the vectors once P are added up.
 
-    A GPU's matrix product goes along its inner dimension with few programs.
+    A GPU's matrix product goes along its inner dimension with few programs; a processor's is best left whole.
     """
     values = x.shape[2]
-    parts = next(count for count in range(max(1, values // PART), 0, -1) if values % count == 0)
+    parts = next(count for count in range(PARTS if x.is_cuda else 1, 0, -1) if values % count == 0)
     return x.view(len(x), x.shape[1] * parts, values // parts).transpose(0, 1)
 
 

@@ -182,11 +182,12 @@ class Joint:
         if place == 0:
             self.x[0] = self._source
         else:
-            newest, change = self.d[place - 1], self.d[place - 1] - self.d[max(place - 2, 0)]
+            newest, x, d = self.d[place - 1], self.x[place], self.d[place]
             slopes, weights = self._beyond(place - 1), self._weights[place, place:]
-            torch.add(newest, change, alpha=float(slopes[0]), out=self.d[place])
-            known = float(weights.sum()) * newest + float(weights @ slopes) * change
-            torch.sub(self.x[place - 1], known, out=self.x[place]).div_(float(self._start[place]))
+            change = torch.sub(newest, self.d[max(place - 2, 0)], out=d)
+            torch.add(self.x[place - 1], newest, alpha=-float(weights.sum()), out=x)
+            x.add_(change, alpha=-float(weights @ slopes)).div_(float(self._start[place]))
+            torch.add(newest, change, alpha=float(slopes[0]), out=d)
             self._rate[place] = np.maximum(self._rate[place - 1], 0.1)
 
     def _asked(self, front: int, tolerance: float) -> NDArray[Any]:
@@ -207,7 +208,7 @@ class Joint:
         Returns:
             :math:`F_p = x_{p-1} - \alpha_p x_p - \sum_q \gamma_{pq} D_q` from a place on, and that place.
         """
-        low = self._lowest(front, tolerance)
+        low = self._lowest(asked, front, tolerance)
         places, images = np.nonzero(asked)
         shown = self._call(places, images) if len(places) else None
         force = self._forces(low, front)
@@ -227,9 +228,9 @@ class Joint:
     def _moving(self, tolerance: float) -> NDArray[Any]:
         return self._active & ~self._held & ~(self.residual <= SETTLED * tolerance)
 
-    def _lowest(self, front: int, tolerance: float) -> int:
-        """The lowest place that a change since the last look may have moved."""
-        moving = self._moving(tolerance)[: front + 1]
+    def _lowest(self, asked: NDArray[Any], front: int, tolerance: float) -> int:
+        """The lowest place that is asked for, or that a change since the last look may have moved."""
+        moving = (self._moving(tolerance) | asked)[: front + 1]
         self._secants.window(np.where(self._active, np.argmax(moving, 0), front), front)
         return max(0, int(np.argmax(moving.any(1))) - 1)
 

@@ -79,8 +79,8 @@ class Secants:
         self._sample = Sample(values, SAMPLED)
         self._sampled = source.new_empty(slots, 2, size, self._sample.size)
         self._lengths = np.ones((size, slots))  # of dx
-        self._uu, self._uv = np.zeros((2, size, slots, slots))
-        self._forces = np.zeros((size, slots, 0))  # u . F
+        self._uu, self._uv = np.zeros((2, size, slots + 1, slots + 1))  # the last stands for no secant
+        self._forces = np.zeros((size, slots + 1, 0))  # u . F
         self._stored = np.zeros((size, len(sigmas)), int)  # of each level, since it was last forgotten
         self._scalars = np.zeros((size, len(sigmas)))  # the last j of each level
         self._slots = slice(0, 0)  # of the window
@@ -186,7 +186,7 @@ class Secants:
         borrowed = np.repeat(np.arange(BELOW + 1), MEMORY)[None, :]
         number = np.tile(np.arange(MEMORY), BELOW + 1)
         of = np.maximum(levels - borrowed, 0)
-        slots = of * MEMORY + number
+        slots = np.where(levels >= borrowed, of * MEMORY + number, len(self._pairs))
         known = (number < self._stored[:, of]) & (levels >= borrowed)
         slope = self._uv[:, slots, slots]
         growth = turned(np.clip(slope, 0, 1), self._sigmas[of], self._sigmas[levels])
