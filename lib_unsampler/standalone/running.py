@@ -506,40 +506,28 @@ def _write(
     Arguments:
         handoff: Where sampling begins; None is the noisiest z.
     """
-    text, last = parameters(settings), scene.source
-
-    def visit(index: int, z: Tensor, masked: Tensor) -> bool:
-        nonlocal last
-        last = handoff if handoff is not None and index == plan.kept[-1] else z
-        if kept is not None:
-            kept.add(z)
-        if sweep is not None:
-            sweep.take(index, last)
-        return bool(told.noising)
-
-    def every() -> Iterator[tuple[Frame, str]]:
-        for frame in shown(walked, scene, settings, visit, told.clean):
-            yield frame, ""
-            if stopped():
-                return
-        if told.film and targets.resample:
-            yield from _filmed(last, scene, plan, back, settings, targets.resample, text, bars, stopped)
-
+    text, passing = parameters(settings), _Passing(scene.source, plan, bool(told.noising), kept, handoff)
     with back.hold() if told.film else unstopped() as stopped, ExitStack() as stack:
         background = stack.enter_context(Background())
-        sweep = stack.enter_context(_swept(plan, back, settings, targets, text)) if targets.sweeps else None
+        if targets.sweeps:
+            passing.sweep = stack.enter_context(_swept(plan, back, settings, targets, text))
         begun = Reel(settings, told.sigmas, text, background, targets.animation, targets.sheet is not None)
         reel = stack.enter_context(begun)
         folder = Stills(targets.frames, text, background) if targets.frames else None
         bar = stack.enter_context(bars("unsampling", len(told.sigmas), "frame"))
-        for frame, part in every():
+
+        def film() -> Iterator[tuple[Frame, str]]:
+            if told.film and targets.resample:
+                yield from _filmed(passing.last, scene, plan, back, settings, targets.resample, text, bars, stopped)
+
+        for frame, part in _then(shown(walked, scene, settings, passing, told.clean), film, stopped):
             picture = reel.add(frame.pictures[0], frame.index, None, part)
             if folder is not None:
                 folder.add(picture, frame.sigma)
             bar.update()
         sheet = reel.finish()
         background.finish()
-        for writer in (folder, sweep):
+        for writer in (folder, passing.sweep):
             if writer is not None:
                 writer.finish()
         if sheet is not None and targets.sheet:
@@ -547,8 +535,36 @@ def _write(
     if targets.curve:
         animation.write_png(targets.curve, render.sigma_curve(scene.schedule, list(plan.kept)), text)
     if targets.resample and not told.film:
-        animation.write_png(targets.resample, back(plan.kept[-1], last, bars), text)
-    return [reel.fit, None if sweep is None else sweep.fit]
+        animation.write_png(targets.resample, back(plan.kept[-1], passing.last, bars), text)
+    return [reel.fit, None if passing.sweep is None else passing.sweep.fit]
+
+
+class _Passing:
+    """What each level is handed to on its way to its frame; the last one is where sampling begins."""
+
+    def __init__(self, source: Tensor, plan: Levels, is_shown: bool, kept: Kept | None, handoff: Tensor | None) -> None:
+        self._noisiest, self._is_shown, self._kept, self._handoff = plan.kept[-1], is_shown, kept, handoff
+        self.last = source
+        self.sweep: Sweep | None = None
+
+    def __call__(self, index: int, z: Tensor, masked: Tensor) -> bool:
+        self.last = self._handoff if self._handoff is not None and index == self._noisiest else z
+        if self._kept is not None:
+            self._kept.add(z)
+        if self.sweep is not None:
+            self.sweep.take(index, self.last)
+        return self._is_shown
+
+
+def _then(
+    noising: Iterable[Frame], film: Callable[[], Iterator[tuple[Frame, str]]], stopped: Callable[[], bool]
+) -> Iterator[tuple[Frame, str]]:
+    """The frames of the noising, and, if none was stopped, of the film; each with its part's name."""
+    for frame in noising:
+        yield frame, ""
+        if stopped():
+            return
+    yield from film()
 
 
 def _swept(plan: Levels, back: Back, settings: Settings, targets: Targets, text: str) -> Sweep:
