@@ -108,8 +108,9 @@ class Nearest:
 def solved(states: list[Nearest], shape: torch.Size) -> Solved:
     """All images of a batch, where they have come to."""
     (both, denoised), _ = states[0].held
-    x = both[0]
-    if any(state.held[0][0] is not both or state.held[1] != row for row, state in enumerate(states)):
+    if all(state.held[0][0] is both and state.held[1] == row for row, state in enumerate(states)):
+        x = both[0].clone()  # a level is kept for longer than its F
+    else:
         x = torch.stack([state.held[0][0][0, state.held[1]] for state in states])
         denoised = torch.stack([state.held[0][1][state.held[1]] for state in states])
     residuals = torch.tensor([state.residual for state in states], dtype=torch.float64)
