@@ -65,8 +65,7 @@ class Sample:
 
     def of(self, x: Tensor) -> Tensor:
         """Of vectors with shape (..., values), a view with shape (..., *shape)."""
-        whole = x[..., : x.shape[-1] // self._run * self._run]
-        return whole.view(*x.shape[:-1], -1, self._run)[..., :: self._every, :]
+        return x.as_strided((*x.shape[:-1], *self.shape), (*x.stride()[:-1], self._every * self._run, 1))
 
 
 Evaluated = tuple[Tensor, Tensor]
@@ -126,9 +125,9 @@ class Solver:
         self.max_calls = max_calls
         self._shape = source.shape
         size, values = source.flatten(1).shape
-        self._pairs = source.new_zeros(MEMORY, 2, size, values)  # dx and dF
+        self._pairs = source.new_zeros(2 * MEMORY, size, values)  # dx and dF in turn
         self._sample = Sample(values)
-        self._sampled = source.new_zeros(WIDTH, size, *self._sample.shape)  # of all dx, dF in turn, and of F
+        self._sampled = source.new_zeros(WIDTH, size, *self._sample.shape)  # of those, and of F
         self._learnt = [Pairs() for _ in range(size)]
         self._enough = [tolerance] * size  # the residual to reach: twice that below which the model only gives noise
         self._sigma = 0.0
@@ -183,16 +182,16 @@ class Solver:
 
     def _room(self, count: int) -> Tensor:
         """For x and F."""
-        return self._pairs.new_empty(2, count, self._pairs.shape[3])
+        return self._pairs.new_empty(2, count, self._pairs.shape[2])
 
     @precise()
     def _look(self, images: list[int], both: Tensor, part: float, before: Tensor | None) -> list[float]:
         """Keeps the newest pair, and looks at all products and the RMS of each F, which it returns."""
         if before is not None:
             for rows, batch, slot in self._together(images, [self._learnt[image].free for image in images]):
-                pair = self._pairs[slot, :, batch]
-                torch.sub(both[:, rows], before[:, rows], out=pair)
-                self._sampled[2 * slot : 2 * slot + 2, batch] = self._sample.of(pair)
+                at = slice(2 * slot, 2 * slot + 2), batch
+                torch.sub(both[:, rows], before[:, rows], out=self._pairs[at])
+                self._sampled[at] = self._sample.of(self._pairs[at])
             for image in images:
                 self._learnt[image].keep(part)
         sampled = some(self._sampled, images, 1)
@@ -229,9 +228,8 @@ class Solver:
         numbers = uploaded(np.array(steps([self._learnt[image] for image in images], self._ridge)), both)
         room = self._room(len(images))
         torch.addcmul(both[0], both[1], numbers[:, -1:], out=room[0])
-        pairs = self._pairs.flatten(0, 1).transpose(0, 1)
         for rows, batch, _ in self._together(images, [0] * len(images)):
-            room[0, rows, None].baddbmm_(numbers[rows, None, :-1], pairs[batch])
+            room[0, rows, None].baddbmm_(numbers[rows, None, :-1], self._pairs[:, batch].transpose(0, 1))
         if reach < math.inf:
             _pulled(room[0], some(centre, images), reach)
         return room
