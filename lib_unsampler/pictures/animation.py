@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
+import numpy as np
 from PIL import Image, features
 
 from ..files import naming, spool, whole
 from . import video
 from .background import Background
 from .containers import Apng, Container, Gif, WebP, parameters
+from .scaling import lanczos
 from .timing import Ticks, Timing
 
 FORMATS: dict[str, type[Container]] = {
@@ -49,7 +52,7 @@ class Making:
     def smaller(self, frame: Image.Image) -> Image.Image:
         """A frame at that size."""
         size = self.size(frame.size)
-        return frame if size == frame.size else frame.resize(size, Image.Resampling.LANCZOS)
+        return frame if size == frame.size else lanczos(np.array(frame), size)
 
 
 AS_IT_IS = Making()
@@ -62,19 +65,19 @@ class Arrivals:
         self._form, self._timing, self._making = form, timing, making
         self.count, self._size = 0, (0, 0)  # until the first frame comes
 
-    def take(self, frame: Image.Image) -> None:
-        """Counts the next frame.
+    def take(self, size: tuple[int, int]) -> None:
+        """Counts the next frame, of such a size.
 
         Raises:
             ValueError: if its size is not the first one's or too large, or no time is left for it.
         """
         if self.count == len(self._timing.durations):
             raise ValueError(f"more frames than the {self.count} durations")
-        if self.count and frame.size != self._size:
-            raise ValueError(f"frame {self.count} is {frame.size}, the first was {self._size}")
-        if max(self._making.size(frame.size)) > self._form.side:
-            raise ValueError(f"frame size {frame.size} is above the format's {self._form.side}")
-        self._size, self.count = frame.size, self.count + 1
+        if self.count and size != self._size:
+            raise ValueError(f"frame {self.count} is {size}, the first was {self._size}")
+        if max(self._making.size(size)) > self._form.side:
+            raise ValueError(f"frame size {size} is above the format's {self._form.side}")
+        self._size, self.count = size, self.count + 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -134,11 +137,15 @@ class Animation:
             ValueError: if its size is not the first one's or too large, or no time is left for it.
             OSError: if what came before it cannot be written.
         """
-        self._come.take(frame)
-        self._background.submit(3 * frame.width * frame.height, self._take, self._encode, frame)
+        self.add_made(frame.size, self._making.smaller, frame)
 
-    def _encode(self, frame: Image.Image) -> bytes:
-        return self._format.encode(self._making.smaller(frame), self._quality)
+    def add_made(self, size: tuple[int, int], make: Callable[..., Image.Image], *args: Any) -> None:
+        """Takes the next frame, of ``size``, as ``make(*args)`` makes it in the background; raises as :meth:`add`."""
+        self._come.take(size)
+        self._background.submit(3 * size[0] * size[1], self._take, self._encode, make, *args)
+
+    def _encode(self, make: Callable[..., Image.Image], *args: Any) -> bytes:
+        return self._format.encode(make(*args), self._quality)
 
     def finish(self, most: float = math.inf) -> int:
         """Writes what is left and closes the file; one of more than ``most`` bytes is forgotten on exit.

@@ -5,15 +5,17 @@ and height, written by the format itself. Where the logarithm of its bytes is kn
 the best quality at full size to the worst at the smallest, it is taken as straight between them, and beyond the last
 as what fewer pixels make of it,
 
-.. math:: \log b = \log b_0 + 1.5 \log (\text{side} / \text{side}_0)
+.. math:: \log b = \log b_0 + p \log (\text{side} / \text{side}_0), \quad 1.5 \le p = 1 + n \le 2
 
-(not 2: smaller frames are rougher). So most films are written once, and once more where the strips misled.
+where n is the film's bytes over those of noise: smaller noise is as rough as before (p = 2), all else is rougher. So
+most films are written once, and once more where the strips misled.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+import zlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..files import naming, spool
 from .animation import Animation, Arrivals, Making, format_of
 from .background import Background
 from .containers import Apng, Container, Gif, WebP
+from .scaling import lanczos
 from .timing import Timing
 from .video import Mp4
 
@@ -45,6 +49,8 @@ class Sample:
         strip: Rows that belong together: what a format predicts from above, it does within so many.
         target: Of the bytes there are: how far what is foretold can be trusted.
         falls: Bytes at the worst quality over those at the best, about.
+        noise: Bytes of a pixel of normal noise, where the side alone can go.
+        near: Bytes over those aimed at, up to which what is known of the way there will do.
     """
 
     every: int
@@ -52,20 +58,22 @@ class Sample:
     strip: int
     target: float
     falls: float
+    noise: float
+    near: float
 
 
 SAMPLES: dict[type[Container], Sample] = {
-    Gif: Sample(12, 16, 2, 0.94, 1.0),
-    Apng: Sample(1, 64, 8, 0.97, 1.0),
-    WebP: Sample(1, 64, 16, 0.97, 0.5),
-    Mp4: Sample(1, math.inf, 16, 0.97, 0.1),
+    Gif: Sample(12, 16, 2, 0.94, 1.0, 1.15, 2.0),
+    Apng: Sample(1, 64, 8, 0.97, 1.0, 2.75, 1.1),
+    WebP: Sample(1, 64, 16, 0.97, 0.5, math.inf, 1.1),
+    Mp4: Sample(1, math.inf, 16, 0.97, 0.1, math.inf, 1.1),
 }
 
 MOST_FORETOLD = 3
 """Small films that are made at most; fewer where one has nearly the bytes that are aimed at."""
 
-NEAR = (0.6, 1.03)
-"""Of these: the line to there is straight enough, unless it goes round the corner from quality to side."""
+NEAR = 0.6
+"""As a sample's ``near``, from below."""
 
 SHARE = 1 / 16
 """Of the film's pixels that are in a small film, about."""
@@ -73,11 +81,14 @@ SHARE = 1 / 16
 WEIGHED = 32
 """One row of so many says how much there is in a frame, beside others."""
 
+MOST_OF_IT = 1 / 4
+"""Of a frame, from which on it is quicker to have all of it."""
+
 LEAST_PIXELS = 2**13
 """Of a frame's strips together."""
 
-POWER = 1.5
-"""Of the side, with which the bytes go where nothing more is known."""
+LEAST_POWER = 1.5
+"""The side's, with which the bytes go."""
 
 LEAST_STEP = 0.02
 """Of the way, where a file came out too large by its side."""
@@ -126,13 +137,15 @@ class Fit:
 class Way:
     """From the best quality at full size to the worst at the smallest, as a number from 0 to its end."""
 
-    def __init__(self, form: type[Container], side: int) -> None:
-        """``side`` is the longest side at full size."""
+    def __init__(self, form: type[Container], size: tuple[int, int], frames: int) -> None:
+        """``size`` is the full one, of so many frames."""
+        side = max(size)
         self._side, self._least = side, min(side, SMALLEST)
         self._best, self._lost, self._sample = form.best, form.worst - form.best, SAMPLES[form]
         self.worst = float(self._lost != 0)
         """Where the quality is lowest and the size still full."""
         self.end = self.worst + (side > SMALLEST)
+        self._noise = size[0] * size[1] * frames * self._sample.noise
         self._known: dict[float, float] = {}
 
     def making(self, at: float) -> Making:
@@ -163,18 +176,20 @@ class Way:
 
     def _line(self) -> tuple[list[float], list[float]]:
         """The places that are known and, by the laws above, the two corners; and the logarithms of their bytes."""
-        known, smaller = dict(self._known), math.log(self._least / self._side)
+        known = dict(self._known)
+        power = 1 + math.exp(known[0.0]) / self._noise
+        falls = min(2.0, max(LEAST_POWER, power)) * math.log(self._least / self._side)
         if self.worst not in known:
             last = max(place for place in known if place < self.worst)
             corner = known[last] + (self.worst - last) * math.log(self._sample.falls)
             beyond = [place for place in known if place > self.worst]
             if beyond:  # the same from the other side: the larger is the safer
                 first = min(beyond)
-                corner = max(corner, known[first] - (first - self.worst) * POWER * smaller)
+                corner = max(corner, known[first] - (first - self.worst) * falls)
             known[self.worst] = corner
         places = sorted(known)
         logs = list(accumulate((known[place] for place in places), min))
-        return [*places, self.end], [*logs, logs[-1] + (self.end - places[-1]) * POWER * smaller]
+        return [*places, self.end], [*logs, logs[-1] + (self.end - places[-1]) * falls]
 
 
 class Fitted:
@@ -207,16 +222,16 @@ class Fitted:
 
     def add(self, frame: Image.Image) -> None:
         """As :meth:`.animation.Animation.add`."""
-        self._come.take(frame)
+        self._come.take(frame.size)
         self._background.submit(3 * frame.width * frame.height, self._keep, self._ready, frame)
 
     def _ready(self, frame: Image.Image) -> tuple[bytes, int]:
-        """A frame's pixels, and its weight where not all are sampled: what some rows deflate to, and a floor."""
+        """A frame's pixels, and its weight where not all are sampled: what some rows deflate to."""
         frame = self._first.smaller(frame)
         if len(self._taken(len(self._timing.durations))) == len(self._timing.durations):
             return frame.tobytes(), 1
-        part = Image.fromarray(np.asarray(frame)[::WEIGHED])
-        return frame.tobytes(), len(Apng.encode(part, 0)) + part.width * part.height // 2
+        some = frame.resize((frame.width, max(1, frame.height // WEIGHED)), Image.Resampling.NEAREST)
+        return frame.tobytes(), len(zlib.compress(np.diff(some, axis=1), 1))
 
     def _keep(self, ready: tuple[bytes, int]) -> None:
         pixels, weight = ready
@@ -230,9 +245,10 @@ class Fitted:
         Raises:
             ValueError: if no frame has come. OSError: if it cannot be written.
         """
-        self._timing.shown(self._come.count)  # there is one at least
+        shown = self._timing.shown(self._come.count)  # there is one at least
         self._background.finish()
-        way, target = Way(self._format, max(self._come.size)), max(1.0, SAMPLES[self._format].target * self._most)
+        way = Way(self._format, self._come.size, len(shown))
+        target = max(1.0, SAMPLES[self._format].target * self._most)
         at = self._place(way, target)
         while True:
             making = way.making(at)
@@ -251,8 +267,8 @@ class Fitted:
             count = self._foretold(way.making(at))
             way.learn(at, count)
             before, at = at, way.aim(target)
-            straight = (before > way.worst) == (at > way.worst)
-            if at == before or (straight and NEAR[0] <= count / target <= NEAR[1]):
+            corner = min(before, at) < way.worst < max(before, at)
+            if at == before or (not corner and NEAR <= count / target <= SAMPLES[self._format].near):
                 break
         return at
 
@@ -260,14 +276,14 @@ class Fitted:
         """Writes the file; returns its bytes, which may be too many: then there is none."""
         with Animation(self._path, self._timing, self._text, self._background, making) as animation:
             for number in range(self._come.count):
-                animation.add(self._read(number))
+                animation.add_made(self._come.size, lanczos, self._read(number), making.size(self._come.size))
             return animation.finish(self._most)
 
-    def _read(self, number: int) -> Image.Image:
-        size = self._come.size
-        length = 3 * size[0] * size[1]
+    def _read(self, number: int) -> NDArray[np.uint8]:
+        width, height = self._come.size
+        length = 3 * width * height
         self._spool.seek(number * length)
-        return Image.frombytes("RGB", size, self._spool.read(length))
+        return np.frombuffer(bytearray(self._spool.read(length)), np.uint8).reshape(height, width, 3)
 
     # What a making comes to
 
@@ -275,7 +291,7 @@ class Fitted:
         """Bytes of the file, as a small film of strips has them."""
         form, size, taken = self._format, making.size(self._come.size), self._taken(self._come.count)
         strip = SAMPLES[form].strip
-        rows = _rows(size, min(1 / 2, SHARE * self._come.count / len(taken)), strip)
+        rows = _rows(size, SHARE * self._come.count / len(taken), strip)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"strips{self._path.suffix}"
             plain = Making(None, making.quality)
@@ -301,16 +317,19 @@ class Fitted:
 def _rows(size: tuple[int, int], share: float, strip: int) -> int:
     """Rows of a frame's strips together."""
     width, height = size
+    if share > MOST_OF_IT:
+        return height
     strips = max(round(share * height / strip), math.ceil(LEAST_PIXELS / (width * strip)))
     return min(height, strips * strip)
 
 
-def _strips(frame: Image.Image, size: tuple[int, int], rows: int, strip: int, phase: float) -> Image.Image:
+def _strips(pixels: NDArray[np.uint8], size: tuple[int, int], rows: int, strip: int, phase: float) -> Image.Image:
     """Strips of a frame at another size, spread over its height from ``phase`` on, one under the other."""
     width, height = size
     if rows == height:
-        return frame.resize(size, Image.Resampling.LANCZOS) if size != frame.size else frame
-    page, count, scale = Image.new("RGB", (width, rows)), rows // strip, frame.height / height
+        return lanczos(pixels, size)
+    frame, page = Image.fromarray(pixels), Image.new("RGB", (width, rows))
+    count, scale = rows // strip, frame.height / height
     for number in range(count):
         top = round((number + phase) / count * (height - strip))
         box = (0, top * scale, frame.width, (top + strip) * scale)

@@ -133,8 +133,8 @@ def test_a_side_alone(ending: str, tmp_path: Path) -> None:
     assert size_of(path) == (160, 120)
     for shown, frame in zip(read(path).frames, frames):
         wanted = np.asarray(frame.resize((160, 120), Image.Resampling.LANCZOS))
-        error = np.abs(shown.astype(int) - wanted).mean()
-        assert error == 0 if ending == ".apng" else error < 12
+        error = np.abs(shown.astype(int) - wanted)
+        assert error.max() <= 2 if ending == ".apng" else error.mean() < 12
 
 
 def test_a_side_and_a_limit_go_together(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_frames_that_do_not_belong_are_refused_as_they_come(tmp_path: Path) -> N
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_way_goes_from_the_best_to_the_smallest(ending: str) -> None:
     """Every place is no better than the one before it: first in quality, then in side."""
-    form, way = FORMATS[ending], Way(FORMATS[ending], 1000)
+    form, way = FORMATS[ending], Way(FORMATS[ending], (1000, 500), 10)
     makings = [way.making(way.end * step / 200) for step in range(201)]
     assert makings[0] == Making(1000, form.best) and makings[-1] == Making(SMALLEST, form.worst)
     for before, after in zip(makings, makings[1:]):
@@ -192,14 +192,25 @@ def test_the_way_goes_from_the_best_to_the_smallest(ending: str) -> None:
 
 
 def test_the_way_s_aim_is_where_the_bytes_are_known_to_be() -> None:
-    way = Way(FORMATS[".gif"], 1024)
+    way = Way(FORMATS[".gif"], (1024, 1024), 16)
     way.learn(0.0, 8_000_000)
     assert way.aim(9_000_000) == 0
     far = way.aim(2_000_000)
-    assert way.making(far).side == pytest.approx(1024 * 0.25 ** (1 / fitting.POWER), abs=1)
+    share = 8_000_000 / (1024 * 1024 * 16 * fitting.SAMPLES[FORMATS[".gif"]].noise)
+    assert 0.3 < share < 0.5 and way.making(far).side == pytest.approx(1024 * 0.25 ** (1 / 1.5), abs=1)
     way.learn(far, 1_000_000)
     nearer = way.aim(2_000_000)
     assert 0 < nearer < far
     way.correct(nearer, 2_400_000)  # it was a fifth more: so everything is
     assert nearer < way.aim(2_000_000) < far
     assert way.aim(1) == way.end
+
+
+@pytest.mark.parametrize("ending", [".gif", ".apng"])
+def test_noise_loses_as_many_bytes_as_pixels(ending: str) -> None:
+    """A film of nothing but noise, of a quarter of its bytes, has half the side; no other has more."""
+    form = FORMATS[ending]
+    frame = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8))
+    count, way = len(form.encode(frame, form.best)), Way(form, frame.size, 1)
+    way.learn(0.0, count)
+    assert way.making(way.aim(count / 4)).side == pytest.approx(256, rel=0.05)
