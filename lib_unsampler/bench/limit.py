@@ -1,8 +1,8 @@
 """What a limit of an animation's bytes costs: time beside one write without it, and what is made of 24 frames.
 
 Three films of 512 x 512: the two of the bench ``animation``, and one whose frames are now of the one, now of the other.
-Times are processor seconds of all threads, the least of three, since other work on the machine counts in no others: of
-a write without a limit, of one with it, and of one that is told the side and the quality that were chosen.
+Times are processor seconds of all threads, since other work on the machine counts in no others: of a write without a
+limit, of one with it, and of one that is told the side and the quality that were chosen; medians of five rounds.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import defaultdict
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from PIL import Image
@@ -24,7 +26,7 @@ from ..pictures.timing import Timing
 from ._report import Report, progress
 from .animation import FRAMES, SIDE, film
 
-ENDINGS, SHARES, ROUNDS = (".gif", ".png", ".webp", ".mp4"), (1.2, 0.9, 0.5, 0.2), 3
+ENDINGS, SHARES, ROUNDS = (".gif", ".png", ".webp", ".mp4"), (1.2, 0.9, 0.5, 0.25), 5
 TIMING = Timing([0.1] * FRAMES)
 
 
@@ -37,17 +39,32 @@ def films() -> dict[str, list[Image.Image]]:
 
 def timed(path: Path, frames: list[Image.Image], making: Making, most: int = 0) -> tuple[float, Any]:
     """Processor seconds of a write, and what its end tells; ``most`` is the limit, if there is one."""
-    taken = []
+    begun = time.process_time()
+    with Background() as background:
+        about = (path, TIMING, "", background, making)
+        with Fitted(*about, most) if most else Animation(*about) as made:
+            for frame in frames:
+                made.add(frame)
+            told = made.finish()
+    return time.process_time() - begun, told
+
+
+def measured(path: Path, name: str, frames: list[Image.Image]) -> list[dict[str, Any]]:
+    """One film in one format, under every limit; each round has all writes in turn."""
+    _, size = timed(path, frames, Making())
+    plain, fits = list[float](), dict[float, Fit]()
+    limited, told = (defaultdict[float, list[float]](list) for _ in range(2))
     for _ in range(ROUNDS):
-        begun = time.process_time()
-        with Background() as background:
-            about = (path, TIMING, "", background, making)
-            with Fitted(*about, most) if most else Animation(*about) as made:
-                for frame in frames:
-                    made.add(frame)
-                told = made.finish()
-        taken.append(time.process_time() - begun)
-    return min(taken), told
+        plain.append(timed(path, frames, Making())[0])
+        for share in SHARES:
+            seconds, fit = timed(path, frames, Making(), round(share * size))
+            limited[share].append(seconds)
+            told[share].append(timed(path, frames, Making(max(fit.size), fit.quality))[0])
+            fits[share] = fit
+    return [
+        _record(name, share, size, fit, median(limited[share]), median(plain), median(told[share]))
+        for share, fit in fits.items()
+    ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,16 +74,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     """Measures every film in every format."""
     endings = ENDINGS if find_spec("av") else ENDINGS[:-1]
-    records = []
+    records = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         made = films()
         for ending, name in progress(list(product(endings, made)), len(endings) * len(made)):
-            path = Path(folder) / f"film{ending}"
-            plain, size = timed(path, made[name], Making())
-            for share in SHARES:
-                limited, fit = timed(path, made[name], Making(), round(share * size))
-                told, _ = timed(path, made[name], Making(max(fit.size), fit.quality))
-                records.append(_record(f"{ending[1:]}, {name}", share, size, fit, limited, plain, told))
+            records += measured(Path(folder) / f"film{ending}", f"{ending[1:]}, {name}", made[name])
     rows = [
         [
             str(record["film"]),

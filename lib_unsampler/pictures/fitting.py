@@ -226,12 +226,13 @@ class Fitted:
         self._background.submit(3 * frame.width * frame.height, self._keep, self._ready, frame)
 
     def _ready(self, frame: Image.Image) -> tuple[bytes, int]:
-        """A frame's pixels, and its weight where not all are sampled: what some rows deflate to."""
+        """A frame's pixels, and its weight where not all are sampled: what the steps in some rows deflate to."""
         frame = self._first.smaller(frame)
         if len(self._taken(len(self._timing.durations))) == len(self._timing.durations):
             return frame.tobytes(), 1
         some = frame.resize((frame.width, max(1, frame.height // WEIGHED)), Image.Resampling.NEAREST)
-        return frame.tobytes(), len(zlib.compress(np.diff(some, axis=1), 1))
+        deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+        return frame.tobytes(), len(deflate.compress(np.diff(np.asarray(some), axis=1).data) + deflate.flush())
 
     def _keep(self, ready: tuple[bytes, int]) -> None:
         pixels, weight = ready
