@@ -66,13 +66,13 @@ SAMPLES: dict[type[Container], Sample] = {
     Gif: Sample(12, 16, 2, 0.94, 1.0, 1.15, 2.0),
     Apng: Sample(1, 64, 8, 0.97, 1.0, 2.75, 1.1),
     WebP: Sample(1, 64, 16, 0.97, 0.5, math.inf, 1.1),
-    Mp4: Sample(1, math.inf, 16, 0.97, 0.1, math.inf, 1.1),
+    Mp4: Sample(1, math.inf, 16, 0.97, 0.15, math.inf, 1.25),
 }
 
-MOST_FORETOLD = 3
+MOST_FORETOLD = 4
 """Small films that are made at most; fewer where one has nearly the bytes that are aimed at."""
 
-NEAR = 0.6
+NEAR = 0.8
 """As a sample's ``near``, from below."""
 
 SHARE = 1 / 16
@@ -162,9 +162,10 @@ class Way:
         """A place's bytes, as they are: what was foretold was wrong by as much everywhere."""
         wrong = math.log(count) - float(np.interp(at, *self._line()))
         self._known = {place: known + wrong for place, known in self._known.items()}
+        self.learn(at, count)
 
     def aim(self, most: float) -> float:
-        """The first place at which the file may have ``most`` bytes; the end if there is none."""
+        """The first place at which the file may have ``most`` bytes; if there is none, the end of what is known."""
         places, logs = self._line()
         at = float(np.interp(-math.log(most), [-log for log in logs], places))
         steps = abs(self._lost)
@@ -175,21 +176,16 @@ class Way:
         return min(self.end, at + (1 / abs(self._lost) if at < self.worst else LEAST_STEP))
 
     def _line(self) -> tuple[list[float], list[float]]:
-        """The places that are known and, by the laws above, the two corners; and the logarithms of their bytes."""
+        """The places that are known and, by the laws above, the next end of quality or side; logarithms of bytes."""
         known = dict(self._known)
-        power = 1 + math.exp(known[0.0]) / self._noise
-        falls = min(2.0, max(LEAST_POWER, power)) * math.log(self._least / self._side)
-        if self.worst not in known:
-            last = max(place for place in known if place < self.worst)
-            corner = known[last] + (self.worst - last) * math.log(self._sample.falls)
-            beyond = [place for place in known if place > self.worst]
-            if beyond:  # the same from the other side: the larger is the safer
-                first = min(beyond)
-                corner = max(corner, known[first] - (first - self.worst) * falls)
-            known[self.worst] = corner
+        last = max(known)
+        if last < self.worst:
+            known[self.worst] = known[last] + (self.worst - last) * math.log(self._sample.falls)
+        elif last < self.end:
+            power = min(2.0, max(LEAST_POWER, 1 + math.exp(known[0.0]) / self._noise))
+            known[self.end] = known[last] + (self.end - last) * power * math.log(self._least / self._side)
         places = sorted(known)
-        logs = list(accumulate((known[place] for place in places), min))
-        return [*places, self.end], [*logs, logs[-1] + (self.end - places[-1]) * falls]
+        return places, list(accumulate((known[place] for place in places), min))
 
 
 class Fitted:
@@ -268,8 +264,7 @@ class Fitted:
             count = self._foretold(way.making(at))
             way.learn(at, count)
             before, at = at, way.aim(target)
-            corner = min(before, at) < way.worst < max(before, at)
-            if at == before or (not corner and NEAR <= count / target <= SAMPLES[self._format].near):
+            if at == before or NEAR <= count / target <= SAMPLES[self._format].near:
                 break
         return at
 
