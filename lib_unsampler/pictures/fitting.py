@@ -63,7 +63,7 @@ class Sample:
 
 
 SAMPLES: dict[type[Container], Sample] = {
-    Gif: Sample(12, 16, 2, 0.94, 1.0, 1.15, 2.0),
+    Gif: Sample(12, 16, 2, 0.94, 1.0, 1.15, 2.2),
     Apng: Sample(1, 64, 8, 0.97, 1.0, 2.75, 1.1),
     WebP: Sample(1, 64, 16, 0.97, 0.5, math.inf, 1.1),
     Mp4: Sample(1, math.inf, 16, 0.97, 0.15, math.inf, 1.25),
