@@ -7,8 +7,8 @@ as what fewer pixels make of it,
 
 .. math:: \log b = \log b_0 + p \log (\text{side} / \text{side}_0), \quad 1.5 \le p = 1 + n \le 2
 
-where n is the film's bytes over those of noise: smaller noise is as rough as before (p = 2), all else is rougher. So
-most films are written once, and once more where the strips misled.
+where n is the film's bytes over those of noise: smaller noise is as rough as before (p = 2), all else is rougher. No
+side is tried before the worst quality is known. So most films are written once, and once more where the strips misled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Sample:
     Attributes:
         every: One of so many frames, and two at least: a GIF's small frames take nearly as long as its large ones.
         most: Frames at most; H.264 builds each on the last, so it needs all.
-        strip: Rows that belong together: what a format predicts from above, it does within so many.
+        strip: Rows that go together: what a format predicts from above, it does within so many; a palette is of all.
         target: Of the bytes there are: how far what is foretold can be trusted.
         falls: Bytes at the worst quality over those at the best, about.
         noise: Bytes of a pixel of normal noise, where the side alone can go.
@@ -63,7 +63,7 @@ class Sample:
 
 
 SAMPLES: dict[type[Container], Sample] = {
-    Gif: Sample(12, 16, 2, 0.94, 1.0, 1.15, 2.2),
+    Gif: Sample(12, 16, Gif.side, 0.94, 1.0, 1.15, 2.2),
     Apng: Sample(1, 64, 8, 0.97, 1.0, 2.75, 1.1),
     WebP: Sample(1, 64, 16, 0.97, 0.5, math.inf, 1.1),
     Mp4: Sample(1, math.inf, 16, 0.97, 0.15, math.inf, 1.25),
@@ -73,7 +73,7 @@ MOST_FORETOLD = 4
 """Small films that are made at most; fewer where one has nearly the bytes that are aimed at."""
 
 NEAR = 0.8
-"""As a sample's ``near``, from below."""
+"""As a sample's ``near``, where they are fewer."""
 
 SHARE = 1 / 16
 """Of the film's pixels that are in a small film, about."""
@@ -81,14 +81,11 @@ SHARE = 1 / 16
 WEIGHED = 32
 """One row of so many says how much there is in a frame, beside others."""
 
-MOST_OF_IT = 1 / 4
-"""Of a frame, from which on it is quicker to have all of it."""
-
 LEAST_PIXELS = 2**13
 """Of a frame's strips together."""
 
 LEAST_POWER = 1.5
-"""The side's, with which the bytes go."""
+"""P in the law above, where the bytes of noise are not known too."""
 
 LEAST_STEP = 0.02
 """Of the way, where a file came out too large by its side."""
@@ -313,8 +310,6 @@ class Fitted:
 def _rows(size: tuple[int, int], share: float, strip: int) -> int:
     """Rows of a frame's strips together."""
     width, height = size
-    if share > MOST_OF_IT:
-        return height
     strips = max(round(share * height / strip), math.ceil(LEAST_PIXELS / (width * strip)))
     return min(height, strips * strip)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 FAST = hasattr(torch.ops.aten, "_upsample_lanczos2d_aa")
-"""Since PyTorch's pull request 177320 (March 2026)."""
+"""Since March 2026 (pull request 177320)."""
 
 
 def lanczos(pixels: NDArray[np.uint8], size: tuple[int, int]) -> Image.Image:
