@@ -163,7 +163,7 @@ def test_a_film_is_written_once(ending: str, tmp_path: Path, monkeypatch: pytest
         spent.clear()
         assert fitted(tmp_path / f"a{ending}", frames, round(share * natural)).kept
         assert sum(spent) <= 1.3 * once, share
-        if ending == ".gif":
+        if ending == ".gif" and share > 0.5:
             assert len(spent) <= 1.3 * COUNT, share  # a palette takes as long for few pixels as for many
 
 
