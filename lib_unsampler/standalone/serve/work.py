@@ -60,6 +60,7 @@ class Work:
         self._queue: deque[str] = deque()
         self._ended: set[str] = set()
         self._closed = False
+        self._going = 0  # runs whose thread may still be in the midst of PyTorch: ending the process there aborts it
 
     def answer(self, question: str) -> dict[str, Any]:
         """What the form's script is told."""
@@ -81,7 +82,7 @@ class Work:
             self._closed = True
             self._ended.update(self._queue)
             self._turn.notify_all()
-            self._turn.wait_for(lambda: not self._queue, patience)
+            self._turn.wait_for(lambda: not self._going, patience)
 
     def run(self, request: Mapping[str, Any], tell: Tell) -> None:
         """Makes what is asked for, as soon as it is its turn; the last line is a result, an error or the interruption.
@@ -91,7 +92,21 @@ class Work:
                 or the data of a picture file in base64.
             tell: Sends a line.
         """
-        run = uuid.uuid4().hex
+        with self._counted():
+            self._run(uuid.uuid4().hex, request, tell)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._turn:
+            self._going += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._going -= 1
+                self._turn.notify_all()
+
+    def _run(self, run: str, request: Mapping[str, Any], tell: Tell) -> None:
         try:
             with self._waited(run, tell):
                 tell(self._made(run, request, tell))
