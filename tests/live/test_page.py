@@ -280,8 +280,11 @@ def test_a_map_guides_from_inpaint_upload(page: Any, tmp_path: Path) -> None:
     paste(page, f"pasted\n{sampled}, {written}, {lines}")
     upload(page, tmp_path / "cat.png", tmp_path / "map.png")
     page.locator("#img2img_inpaint_full_res label", has_text="Whole picture").click()  # Neo begins with the other
+    page.locator("#img2img_prompt textarea").fill("pasted")  # where Neo leaves all that was pasted
     page.click("#img2img_generate")
-    made = Image.open(io.BytesIO(page.request.get(results(page, "")[0]).body())).convert("RGB")
+    read = Image.open(io.BytesIO(page.request.get(results(page, "")[0]).body()))
+    assert read.info["parameters"].startswith("pasted\nSteps: 8, Sampler: Euler, ")
+    made = read.convert("RGB")
     if page.evaluate("typeof ForgeCanvas != 'undefined'"):
         mask = mask.point(lambda value: 255 if value > 128 else 0)
     with Image.open(tmp_path / "cat.png") as cat:
