@@ -103,6 +103,11 @@ class Nearest:
         self.last = residual
         return expected
 
+    def of(self) -> Evaluated:
+        """Its own x and F, with shape (2, values), and D."""
+        (both, denoised), row = self.held
+        return both[:, row], denoised[row]
+
 
 def solved(states: list[Nearest], shape: torch.Size) -> Solved:
     """All images of a batch, where they have come to."""
@@ -110,8 +115,8 @@ def solved(states: list[Nearest], shape: torch.Size) -> Solved:
     if all(state.held[0][0] is both and state.held[1] == row for row, state in enumerate(states)):
         x = both[0].clone()  # a level is kept for longer than its F
     else:
-        x = torch.stack([state.held[0][0][0, state.held[1]] for state in states])
-        denoised = torch.stack([state.held[0][1][state.held[1]] for state in states])
+        own = [state.of() for state in states]
+        x, denoised = torch.stack([both[0] for both, _ in own]), torch.stack([denoised for _, denoised in own])
     residuals = torch.tensor([state.residual for state in states], dtype=torch.float64)
     calls = torch.tensor([state.calls for state in states], dtype=torch.int32)
     return Solved(x.view(shape), denoised, residuals, calls)
@@ -196,8 +201,7 @@ class Solver:
                 self._learnt[image].keep(part)
         sampled = some(self._sampled, images, 1)
         sampled[-1] = self._sample.of(both[1])
-        vectors = parted(sampled.flatten(2))
-        products = torch.bmm(vectors, vectors.mT).view(len(images), -1, WIDTH**2).sum(1)
+        products = inner_products(sampled.flatten(2), sampled.flatten(2)).flatten(1)
         norms = torch.linalg.vector_norm(both[1], dim=1, keepdim=True)
         missed: list[float] = []
         for image, (norm, *seen) in zip(images, torch.cat([norms, products], 1).tolist()):
@@ -218,8 +222,7 @@ class Solver:
             return both
         for image in lost:
             self._learnt[image].forget()
-        held = {image: states[image].held for image in lost}
-        kept = [held[i][0][0][:, held[i][1]] if i in held else both[:, k] for k, i in enumerate(images)]
+        kept = [states[image].of()[0] if image in lost else both[:, k] for k, image in enumerate(images)]
         return torch.stack(kept, 1)
 
     @precise()
@@ -235,14 +238,16 @@ class Solver:
         return room
 
 
-def parted(x: Tensor) -> Tensor:
-    """Vectors with shape (n, B, K), as (B P, n, K / P), whose products are those of the vectors once P are added up.
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of vectors with shape (n, B, K) and (m, B, K), as (B, n, m).
 
-    A GPU's matrix product goes along its inner dimension with few programs; a processor's is best left whole.
+    A GPU's matrix product goes along its inner dimension with few programs, so there the vectors are taken in parts; a
+    processor's is best left whole.
     """
-    values = x.shape[2]
-    parts = next(count for count in range(PARTS if x.is_cuda else 1, 0, -1) if values % count == 0)
-    return x.view(len(x), x.shape[1] * parts, values // parts).transpose(0, 1)
+    _, size, values = a.shape
+    parts = next(count for count in range(PARTS if a.is_cuda else 1, 0, -1) if values % count == 0)
+    a, b = (x.view(len(x), size * parts, values // parts).transpose(0, 1) for x in (a, b))
+    return torch.bmm(a, b.mT).view(size, parts, a.shape[1], b.shape[1]).sum(1)
 
 
 def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:

@@ -65,7 +65,6 @@ def factors(function: Callable[..., Tensor], schedule: Tensor) -> tuple[NDArray[
     """
     count = len(schedule) - 1
     states: list[Tensor] = []
-
     units = torch.eye(count + 1, dtype=torch.float64)[:, None]
 
     def denoise(x: Tensor, sigma: Tensor, **_: object) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .fixedpoint import Sample, parted, uploaded
+from .fixedpoint import Sample, inner_products, uploaded
 from .pairs import turned
 from .precise import precise
 
@@ -117,7 +117,7 @@ class Secants:
         slots = np.array([new + [0] * (most - len(new)) for new in self._new], int)  # filled up with any
         new = self._sampled[uploaded(slots.T, force), :, uploaded(np.arange(len(slots)), force)]
         rows = torch.cat([*new.unbind(2), self._sample.of(force).flatten(2)])
-        return [_products(rows, of_x), _products(rows[:most], of_d)]
+        return [inner_products(rows, of_x), inner_products(rows[:most], of_d)]
 
     def learn(self, products: NDArray[Any], rows: int) -> None:
         """Takes in what :meth:`products` gave, looked at, one after the other; ``rows`` is N."""
@@ -201,9 +201,3 @@ class Secants:
         scalars = self._scalars[:, low : low + count]
         scalars[:] = np.where(known.any(2), scalar, scalars)
         return Kriged(slots, scale, inverse, scalars)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of vectors with shape (n, B, K) and (m, B, K), as (B, n, m)."""
-    of_parts = torch.bmm(parted(a), parted(b).mT)
-    return of_parts.view(a.shape[1], len(of_parts) // a.shape[1], len(a), len(b)).sum(1)
