@@ -28,6 +28,8 @@ from ._report import Report
 from ._unet import LargeDenoiser
 
 HEIGHT, WIDTH, STEPS = 300, 400, 20
+MOST = 4000
+"""Marks in time of one inversion, which are made before it."""
 
 
 class Timed:
@@ -37,6 +39,7 @@ class Timed:
         self._denoiser = denoiser
         self._cuda = device == "cuda"
         self._marks: list[tuple[Any, Any]] = []
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(MOST if self._cuda else 0)]
 
     def __call__(self, z: Tensor, sigma: Tensor) -> Tensor:
         """The denoiser's answer."""
@@ -48,7 +51,7 @@ class Timed:
     def _mark(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self._events.pop()
         event.record()
         return event
 
@@ -162,10 +165,13 @@ def run(options: argparse.Namespace) -> Report:
 def on_large_network(images: int) -> list[dict[str, Any]]:
     """Levels apart and together."""
     network = LargeDenoiser().to("cuda", torch.float16).eval().requires_grad_(False)
-    latents = smooth((images, 4, 64, 64), "cuda")
+    wide, latents = smooth((4, 4, 128, 128), "cuda"), smooth((images, 4, 64, 64), "cuda")
     return [
-        measure(f"SD 1.5's size, {images}x4x64x64", network, latents, "dpmpp_2m", together, 1e-4, 2)
-        for together in (False, True)
+        *(measure("SD 1.5's size, 4x4x128x128", network, wide, s, False, 1e-4, 2) for s in ("euler", "dpmpp_2m")),
+        *(
+            measure(f"SD 1.5's size, {images}x4x64x64", network, latents, "dpmpp_2m", together, 1e-4, 2)
+            for together in (False, True)
+        ),
     ]
 
 

@@ -33,8 +33,11 @@ there the solver begins again from the best."""
 SAMPLED, RUN = 2**13, 64
 """About how many values of large latents products are taken of, in runs of how many."""
 
-PARTS = 16
-"""The most that a GPU sums inner products in."""
+PARTS, FEW = 16, 16
+"""The most that inner products are summed in; and vectors of which a processor's product is as quick when whole."""
+
+Begin = Callable[[Tensor], object]
+"""``(x)`` takes the x to begin with, with the batch's shape."""
 
 Evaluate = Callable[[Tensor, Tensor, "list[int]"], tuple[Tensor, int]]
 """``(x, force, images) -> (D(x), model calls)``, x holding the batch's images of these numbers; ``force``, with shape
@@ -113,7 +116,7 @@ def solved(states: list[Nearest], shape: torch.Size) -> Solved:
     """All images of a batch, where they have come to."""
     (both, denoised), _ = states[0].held
     if all(state.held[0][0] is both and state.held[1] == row for row, state in enumerate(states)):
-        x = both[0].clone()  # a level is kept for longer than its F
+        x = both[0].clone() if len(both) > 1 else both[0]  # a level is kept for longer than its F
     else:
         own = [state.of() for state in states]
         x, denoised = torch.stack([both[0] for both, _ in own]), torch.stack([denoised for _, denoised in own])
@@ -130,20 +133,21 @@ class Solver:
         self.max_calls = max_calls
         self._shape = source.shape
         size, values = source.flatten(1).shape
-        self._pairs = source.new_zeros(2 * MEMORY, size, values)  # dx and dF in turn
-        self._sample = Sample(values)
-        self._sampled = source.new_zeros(WIDTH, size, *self._sample.shape)  # of those, and of F
+        self._sample = Sample(values, values if source.is_cuda else SAMPLED)
+        self._sampled = source.new_zeros(WIDTH, size, *self._sample.shape)  # of dx and dF in turn, and of F
+        self._whole = self._sample.size == values
+        self._pairs = self._sampled.flatten(2)[:-1] if self._whole else source.new_zeros(WIDTH - 1, size, values)
         self._learnt = [Pairs() for _ in range(size)]
         self._enough = [tolerance] * size  # the residual to reach: twice that below which the model only gives noise
         self._sigma = 0.0
         self._ridge = 1 + max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
 
-    def solve(self, evaluate: Evaluate, guess: Tensor, above: float, below: float, scale: float) -> Solved:
+    def solve(self, evaluate: Evaluate, begin: Begin, above: float, below: float, scale: float) -> Solved:
         """Each image's x at one level, D(x), residual, and the model calls it took.
 
         Arguments:
             evaluate: F.
-            guess: The x to begin with.
+            begin: What the first x is.
             above: The level's sigma.
             below: The sigma that the step leads to.
             scale: What residuals are measured by.
@@ -152,61 +156,65 @@ class Solver:
         for learnt in self._learnt:
             learnt.turn(self._sigma, above, part)
         self._sigma = above
-        guess = guess.flatten(1)
-        both = self._room(len(guess))
-        both[0] = guess
-        states = [Nearest(((both, both[0]), row)) for row in range(len(guess))]
-        images, spent = list(range(len(guess))), 0
+        images, spent = list(range(len(self._learnt))), 0
+        both = self._room(2, len(images))
+        begin(both[0].view(self._shape))
+        centre = both[0].clone() if reach < math.inf else both[0]
+        states = [Nearest(((both, both[0]), row)) for row in images]
         before: Tensor | None = None
         while images:
             denoised, made = evaluate(both[0].view(-1, *self._shape[1:]), both[1], images)
             spent += made
             going: list[int] = []
             ahead: list[int] = []
-            for row, (image, missed) in enumerate(zip(images, self._look(images, both, part, before))):
-                state, residual, enough = states[image], missed / scale, self._enough[image]
-                expected = state.seen(residual, ((both, denoised), row), spent)
-                if residual <= enough:
-                    continue
-                if expected <= enough:
-                    state.residual = expected
-                    ahead.append(row)
-                elif state.stale >= PATIENCE:
-                    self._enough[image] = max(enough, 2 * state.residual) if below > 0 else enough
-                elif spent + made <= self.max_calls:
-                    going.append(row)
-            if not (going or ahead):
-                break
-            both = self._begun_again(images, states, both)
-            following = self._following(images, both, reach, guess)
+            with precise():
+                for row, (image, missed) in enumerate(zip(images, self._look(images, both, part, before))):
+                    state, residual, enough = states[image], missed / scale, self._enough[image]
+                    expected = state.seen(residual, ((both, denoised), row), spent)
+                    if residual <= enough:
+                        continue
+                    if expected <= enough:
+                        state.residual = expected
+                        ahead.append(row)
+                    elif state.stale >= PATIENCE:
+                        self._enough[image] = max(enough, 2 * state.residual) if below > 0 else enough
+                    elif spent + made <= self.max_calls:
+                        going.append(row)
+                if not (going or ahead):
+                    break
+                both = self._begun_again(images, states, both)
+                following = self._following(images, both, reach, centre, self._room(2 if going else 1, len(images)))
             for row in ahead:
                 states[images[row]].held = (following, denoised), row
             before = some(both, going, 1)
             images, both = [images[row] for row in going], some(following, going, 1)
         return solved(states, self._shape)
 
-    def _room(self, count: int) -> Tensor:
-        """For x and F."""
-        return self._pairs.new_empty(2, count, self._pairs.shape[2])
+    def _room(self, rows: int, count: int) -> Tensor:
+        """For x alone, or for x and F."""
+        return self._pairs.new_empty(rows, count, self._pairs.shape[2])
 
-    @precise()
     def _look(self, images: list[int], both: Tensor, part: float, before: Tensor | None) -> list[float]:
         """Keeps the newest pair, and looks at all products and the RMS of each F, which it returns."""
         if before is not None:
             for rows, batch, slot in self._together(images, [self._learnt[image].free for image in images]):
-                at = slice(2 * slot, 2 * slot + 2), batch
-                torch.sub(both[:, rows], before[:, rows], out=self._pairs[at])
-                self._sampled[at] = self._sample.of(self._pairs[at])
+                pair = self._pairs[2 * slot : 2 * slot + 2, batch]
+                torch.sub(both[:, rows], before[:, rows], out=pair)
+                if not self._whole:
+                    self._sampled[2 * slot : 2 * slot + 2, batch] = self._sample.of(pair)
             for image in images:
                 self._learnt[image].keep(part)
         sampled = some(self._sampled, images, 1)
         sampled[-1] = self._sample.of(both[1])
-        products = inner_products(sampled.flatten(2), sampled.flatten(2)).flatten(1)
-        norms = torch.linalg.vector_norm(both[1], dim=1, keepdim=True)
+        looked = inner_products(sampled.flatten(2), sampled.flatten(2)).flatten(1)
+        values = both.shape[2]
+        if not self._whole:
+            norms = torch.linalg.vector_norm(both[1].view(len(images), in_parts(values), -1), dim=2)
+            looked = torch.cat([looked, norms], 1)
         missed: list[float] = []
-        for image, (norm, *seen) in zip(images, torch.cat([norms, products], 1).tolist()):
-            self._learnt[image].products = seen
-            missed.append(norm / both.shape[2] ** 0.5)
+        for image, seen in zip(images, looked.tolist()):
+            self._learnt[image].products, norms = seen[: WIDTH**2], seen[WIDTH**2 :] or [seen[-1] ** 0.5]
+            missed.append(math.hypot(*norms) / values**0.5)
         return missed
 
     def _together(self, images: list[int], slots: list[int]) -> list[tuple[slice, slice, int]]:
@@ -225,29 +233,38 @@ class Solver:
         kept = [states[image].of()[0] if image in lost else both[:, k] for k, image in enumerate(images)]
         return torch.stack(kept, 1)
 
-    @precise()
-    def _following(self, images: list[int], both: Tensor, reach: float, centre: Tensor) -> Tensor:
-        """The next x, with room for its F."""
-        numbers = uploaded(np.array(steps([self._learnt[image] for image in images], self._ridge)), both)
-        room = self._room(len(images))
+    def _following(self, images: list[int], both: Tensor, reach: float, centre: Tensor, room: Tensor) -> Tensor:
+        """The room, with the next x in it."""
+        numbers = torch.tensor(steps([self._learnt[image] for image in images], self._ridge), dtype=both.dtype)
+        numbers = numbers.to(both.device, non_blocking=True)
         torch.addcmul(both[0], both[1], numbers[:, -1:], out=room[0])
         for rows, batch, _ in self._together(images, [0] * len(images)):
             room[0, rows, None].baddbmm_(numbers[rows, None, :-1], self._pairs[:, batch].transpose(0, 1))
         if reach < math.inf:
-            _pulled(room[0], some(centre, images), reach)
+            self._pull(room[0], some(centre, images), reach)
         return room
+
+    def _pull(self, x: Tensor, centre: Tensor, reach: float) -> None:
+        """Pulls x towards the centre where it seems further than ``reach`` (RMS) from it."""
+        away = torch.sub(self._sample.of(x), self._sample.of(centre)).square_().mean((1, 2)).sqrt_()
+        torch.lerp(centre, x, (reach / away).clamp_max_(1.0)[:, None], out=x)
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """Of vectors with shape (n, B, K) and (m, B, K), as (B, n, m).
 
-    A GPU's matrix product goes along its inner dimension with few programs, so there the vectors are taken in parts; a
-    processor's is best left whole.
+    A product of few rows goes along its inner dimension with one thread, or few programs of a GPU, so the vectors are
+    taken in parts.
     """
     _, size, values = a.shape
-    parts = next(count for count in range(PARTS if a.is_cuda else 1, 0, -1) if values % count == 0)
+    parts = in_parts(values) if a.is_cuda or len(a) < FEW else 1
     a, b = (x.view(len(x), size * parts, values // parts).transpose(0, 1) for x in (a, b))
     return torch.bmm(a, b.mT).view(size, parts, a.shape[1], b.shape[1]).sum(1)
+
+
+def in_parts(values: int) -> int:
+    """How many equal parts vectors of so many values are taken in."""
+    return next(count for count in range(PARTS, 0, -1) if values % count == 0)
 
 
 def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:
@@ -259,9 +276,3 @@ def uploaded(numbers: NDArray[Any], like: Tensor) -> Tensor:
 def some(x: Tensor, rows: list[int], dim: int = 0) -> Tensor:
     """These rows; x itself if they are all."""
     return x if len(rows) == x.shape[dim] else x.index_select(dim, uploaded(np.array(rows, int), x))
-
-
-def _pulled(x: Tensor, centre: Tensor, reach: float) -> None:
-    """Pulls x towards the centre where it is further than ``reach`` (RMS) from it."""
-    away = torch.linalg.vector_norm(x - centre, dim=1, keepdim=True) / x.shape[1] ** 0.5
-    x.copy_(torch.lerp(centre, x, (reach / away).clamp_max(1.0)))

@@ -42,6 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -310,15 +311,17 @@ class Step:
 
         return evaluate
 
-    def predicted(self, y: Tensor, sigma: float, past: list[tuple[float, Tensor]]) -> Tensor:
-        r"""Where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
+    def predict(self, y: Tensor, sigma: float, past: list[tuple[float, Tensor]], x: Tensor) -> None:
+        r"""Takes x to where to begin: the step solved for its start with D extrapolated, linearly in log sigma.
 
         With D given the sampler's step is affine in x, :math:`\mathrm{step}(x) = \alpha x + \gamma`.
         """
         if not past:
-            return y
+            x.copy_(y)
+            return
         if self._weight is not None:
-            return torch.lerp(extrapolated(past, sigma), y, 1 / (1 - self._weight))
+            torch.lerp(extrapolated(past, sigma), y, 1 / (1 - self._weight), out=x)
+            return
 
         def said(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
             return extrapolated(past, float(sigma[0]))
@@ -327,7 +330,7 @@ class Step:
             return 0 * x
 
         slope = self._function(nothing, y.new_ones(1, 1), self._sigmas, extra_args={}, disable=True).item()
-        return y + (y - self._function(said, y, self._sigmas, extra_args={}, disable=True)) / slope
+        torch.add(y, y - self._function(said, y, self._sigmas, extra_args={}, disable=True), alpha=1 / slope, out=x)
 
 
 class _Run:
@@ -427,7 +430,8 @@ class _Run:
             above, below = self._sigmas[index : index + 2]
             if above > below:
                 step = self._step(index, weights[index])
-                solved = solver.solve(step.onto(y), step.predicted(y, above, past), above, below, scales[index])
+                begin = partial(step.predict, y, above, past)
+                solved = solver.solve(step.onto(y), begin, above, below, scales[index])
                 _check_finite(solved.residual, index)
                 past = [(above, solved.denoised), *past][:2]
             else:  # a level that repeats the one below: the same state, no call
@@ -465,9 +469,9 @@ class _Run:
         first = None
         if sigmas[0] == 0:
             solver = Solver(source, tolerance, max_calls)
-            first = solver.solve(
-                self._step(rising[0], 1.0).onto(source), source, float(sigmas[1]), 0.0, float(scales[0])
-            )
+            step = self._step(rising[0], 1.0)
+            begin = partial(step.predict, source, float(sigmas[1]), [])
+            first = solver.solve(step.onto(source), begin, float(sigmas[1]), 0.0, float(scales[0]))
         made = Joint(factors(self._function, sigmas.flip(0)), answer, source, sigmas[1:], scales)
         made.solve(first, tolerance, max_calls)
         _check_finite(made.x[-1], rising[-1])

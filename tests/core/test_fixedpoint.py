@@ -30,7 +30,7 @@ def test_as_many_pairs_as_dimensions_solve_a_linear_system(size: int) -> None:
         return x.clone(), 1
 
     solver = Solver(torch.zeros(size, MEMORY).double(), 1e-9, 40)
-    solved = solver.solve(evaluate, torch.zeros(size, MEMORY).double(), 2.0, 1.0, 1.0)
+    solved = solver.solve(evaluate, Tensor.zero_, 2.0, 1.0, 1.0)
     assert evaluations <= MEMORY + 2 and (solved.residual <= 1e-9).all()
     torch.testing.assert_close(solved.x, torch.linalg.solve(a, b), rtol=1e-7, atol=1e-7)
 
@@ -49,7 +49,7 @@ def test_a_jacobian_turns_as_a_gaussian_prior_s(variance: float, sigma: float, t
 
 @pytest.mark.parametrize("values", [1, 63, 64, 105, 8192, 20000, 65536])
 def test_a_sample_is_of_the_vector_and_its_parts_add_up(values: int) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # a processor leaves them in one part
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.arange(3 * 2 * values, dtype=torch.float64, device=device).view(3, 2, values) / values
     sample = Sample(values, 4096)
     taken = sample.of(x)
