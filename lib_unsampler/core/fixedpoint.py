@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .pairs import MEMORY, WIDTH, Pairs, steps
+from .pairs import WIDTH, Pairs
 from .precise import precise
 
 CAUTION, LEAST_RATE = 3.0, 0.01
@@ -140,7 +140,7 @@ class Solver:
         self._learnt = [Pairs() for _ in range(size)]
         self._enough = [tolerance] * size  # the residual to reach: twice that below which the model only gives noise
         self._sigma = 0.0
-        self._ridge = 1 + max(1e-12, 10 * torch.finfo(source.dtype).eps) * np.eye(MEMORY)
+        self._ridge = 1 + max(1e-12, 10 * torch.finfo(source.dtype).eps)
 
     def solve(self, evaluate: Evaluate, begin: Begin, above: float, below: float, scale: float) -> Solved:
         """Each image's x at one level, D(x), residual, and the model calls it took.
@@ -235,7 +235,7 @@ class Solver:
 
     def _following(self, images: list[int], both: Tensor, reach: float, centre: Tensor, room: Tensor) -> Tensor:
         """The room, with the next x in it."""
-        numbers = torch.tensor(steps([self._learnt[image] for image in images], self._ridge), dtype=both.dtype)
+        numbers = torch.tensor([self._learnt[image].step(self._ridge) for image in images], dtype=both.dtype)
         numbers = numbers.to(both.device, non_blocking=True)
         torch.addcmul(both[0], both[1], numbers[:, -1:], out=room[0])
         for rows, batch, _ in self._together(images, [0] * len(images)):

@@ -424,12 +424,12 @@ class _Run:
         """The states that the sampler's own steps map onto one another and onto the source."""
         y = self._source.to(self._like).contiguous()
         past: list[tuple[float, Tensor]] = []
-        weights, scales = self._weights(), self._scale(self._schedule).tolist()
+        scales = self._scale(self._schedule).tolist()
         solver = Solver(y, tolerance, max_calls)
         for index in self._levels.visited:
             above, below = self._sigmas[index : index + 2]
             if above > below:
-                step = self._step(index, weights[index])
+                step = self._step(index, 1 - below / above if self._per_step == 1 else None)  # of one call: Euler
                 begin = partial(step.predict, y, above, past)
                 solved = solver.solve(step.onto(y), begin, above, below, scales[index])
                 _check_finite(solved.residual, index)
@@ -448,14 +448,6 @@ class _Run:
             return self._denoise(x, sigma, first + stage, images)
 
         return Step(denoise, self._function, self._uploaded[index : index + 2], weight)
-
-    def _weights(self) -> dict[int, float | None]:
-        """D's weight in the step from each visited level, where that makes one call."""
-        visited = self._levels.visited
-        if self._per_step > 1:
-            return dict.fromkeys(visited)
-        _, weights = factors(self._function, self._schedule[visited[-1] : visited[0] + 2])
-        return dict(zip(visited, weights.diagonal().tolist()))
 
     def joint(self, tolerance: float, max_calls: int) -> Tensor:
         """All levels at once, for a step that also looks at the answer one level above."""

@@ -10,17 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 MEMORY = 3
 """Pairs kept for each image, from level to level."""
 
 WIDTH = 2 * MEMORY + 1
 """All dx and dF in turn, and F."""
-
-NOTHING = 1e-200 * np.eye(MEMORY)
-"""What is added to products of pairs: with it one that is not known, of zeros, takes no part."""
 
 
 def turned(slope: Any, sigma: Any, to_sigma: Any) -> Any:
@@ -73,35 +67,45 @@ class Pairs:
                 self._growth[slot], of_force = growth, part * growth
                 self._makes[slot] = 1 - part - of_force * rest, of_force
 
-    def meets(self) -> list[list[float]]:
-        """The products of the pairs' changes of F with all vectors, with shape (MEMORY, WIDTH)."""
+    def step(self, ridge: float) -> list[float]:
+        r"""The numbers that Anderson's step adds up all vectors by: :math:`-\sum_j w_j dx_j - q (F - \sum_j w_j y_j)`.
+
+        y are the pairs' changes of F, and :math:`\| F - \sum_j w_j y_j \|` is least; q is the speed of the plain
+        iteration, in the rest of the space, that the newest of them suggests. ``ridge``: see :func:`weights`.
+        """
         p = self.products
         rows = zip(self._makes, range(0, 2 * MEMORY * WIDTH, 2 * WIDTH))
-        return [[a * p[k] + b * p[k + WIDTH] for k in range(row, row + WIDTH)] for (a, b), row in rows]
-
-    def among(self, meets: list[list[float]]) -> list[list[float]]:
-        """The products of the pairs' changes of F with each other."""
-        return [[a * row[2 * k] + b * row[2 * k + 1] for k, (a, b) in enumerate(self._makes)] for row in meets]
-
-    def step(self, meets: list[list[float]], among: list[list[float]], weights: list[float]) -> list[float]:
-        r"""The numbers that a step adds up all vectors by: :math:`-\sum_j w_j dx_j - q (F - \sum_j w_j y_j)`.
-
-        y are the pairs' changes of F, and q is the speed of the plain iteration that the newest of them suggests.
-        """
+        meets = [[a * p[k] + b * p[k + WIDTH] for k in range(row, row + WIDTH)] for (a, b), row in rows]  # y, vectors
+        among = [[a * row[2 * k] + b * row[2 * k + 1] for k, (a, b) in enumerate(self._makes)] for row in meets]
+        least = weights(among, [row[-1] for row in meets], ridge)
         newest = (self._count - 1) % MEMORY
         size, along = among[newest][newest], meets[newest][2 * newest]
         speed = min(max(along / size, 0.1), 2.0) if size > 0 and along > 0 else 1.0
-        of_pairs = ((w * (speed * a - 1), w * speed * b) for w, (a, b) in zip(weights, self._makes))
+        of_pairs = ((w * (speed * a - 1), w * speed * b) for w, (a, b) in zip(least, self._makes))
         return [*(number for pair in of_pairs for number in pair), -speed]
 
 
-def steps(images: Sequence[Pairs], ridge: NDArray[Any]) -> list[list[float]]:
-    r"""Anderson's step of each image, by the pairs in what they span, a scaled plain iteration in the rest.
+def weights(among: Sequence[Sequence[float]], wanted: Sequence[float], ridge: float) -> list[float]:
+    r"""The w of the least :math:`\| f - \sum_j w_j y_j \|`, by elimination.
 
-    Its weights w solve :math:`\min \| F - \sum_j w_j y_j \|`, the products of y times ``ridge``.
+    Arguments:
+        among: The products of y with each other; one that is nothing, or nothing new, has no weight.
+        wanted: Their products with f.
+        ridge: What those of each y with itself are multiplied by, a little over 1.
     """
-    meets = [image.meets() for image in images]
-    among = [image.among(rows) for image, rows in zip(images, meets)]
-    wanted = np.array([[row[-1:] for row in rows] for rows in meets])
-    weights = np.linalg.solve(np.array(among) * ridge + NOTHING, wanted)[..., 0].tolist()
-    return [image.step(*about) for image, *about in zip(images, meets, among, weights)]
+    count = len(wanted)
+    rows = [[*products, goal] for products, goal in zip(among, wanted)]
+    for k, row in enumerate(rows):
+        row[k] *= ridge
+    for k, row in enumerate(rows):
+        if row[k] > 0:
+            for below in rows[k + 1 :]:
+                factor = below[k] / row[k]
+                for j in range(k + 1, count + 1):
+                    below[j] -= factor * row[j]
+    found = [0.0] * count
+    for k in reversed(range(count)):
+        row = rows[k]
+        if row[k] > 0:
+            found[k] = (row[count] - sum(row[j] * found[j] for j in range(k + 1, count))) / row[k]
+    return found

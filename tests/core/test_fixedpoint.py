@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lib_unsampler.core.fixedpoint import Sample, Solver, inner_products
-from lib_unsampler.core.pairs import MEMORY, turned
+from lib_unsampler.core.pairs import MEMORY, turned, weights
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -45,6 +46,25 @@ def test_a_jacobian_turns_as_a_gaussian_prior_s(variance: float, sigma: float, t
     by_two = turned(slope, sigma, to_sigma) * turned(there, to_sigma, third)
     assert by_two == pytest.approx(turned(slope, sigma, third), rel=1e-6)
     assert turned(1.0, sigma, to_sigma) == 1 and turned(0.0, sigma, to_sigma) == pytest.approx((sigma / to_sigma) ** 2)
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 5), nothing=st.integers(0, 31))
+def test_the_weights_are_those_of_least_squares(seed: int, count: int, nothing: int) -> None:
+    """Of some vectors, and of others that are nothing, which take no part."""
+    random = np.random.default_rng(seed)
+    y, f = random.normal(size=(count, 8)), random.normal(size=8)
+    known = np.array([not nothing >> k & 1 for k in range(count)])
+    y[~known] = 0
+    found = np.array(weights((y @ y.T).tolist(), (y @ f).tolist(), 1 + 1e-14))
+    assert (found[~known] == 0).all()
+    np.testing.assert_allclose(found[known], np.linalg.lstsq(y[known].T, f, rcond=None)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_vectors_that_are_one_share_its_weight() -> None:
+    """The ridge makes it so; without one the first has it all."""
+    alike = [[4.0] * 3] * 3
+    assert weights(alike, [2.0] * 3, 1 + 1e-9) == pytest.approx([0.5 / 3] * 3, rel=1e-5)
+    assert weights(alike, [2.0] * 3, 1.0) == [0.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("values", [1, 63, 64, 105, 8192, 20000, 65536])
