@@ -160,7 +160,8 @@ class Solver:
         both = self._room(2, len(images))
         begin(both[0].view(self._shape))
         centre = both[0].clone() if reach < math.inf else both[0]
-        states = [Nearest(((both, both[0]), row)) for row in images]
+        held = both, both[0]
+        states = [Nearest((held, row)) for row in images]
         before: Tensor | None = None
         while images:
             denoised, made = evaluate(both[0].view(-1, *self._shape[1:]), both[1], images)
@@ -168,9 +169,10 @@ class Solver:
             going: list[int] = []
             ahead: list[int] = []
             with precise():
+                held = both, denoised
                 for row, (image, missed) in enumerate(zip(images, self._look(images, both, part, before))):
                     state, residual, enough = states[image], missed / scale, self._enough[image]
-                    expected = state.seen(residual, ((both, denoised), row), spent)
+                    expected = state.seen(residual, (held, row), spent)
                     if residual <= enough:
                         continue
                     if expected <= enough:

@@ -291,12 +291,13 @@ class Step:
 
     def onto(self, y: Tensor) -> Evaluate:
         """F for some images of the batch, with the D and the model calls of its evaluation."""
+        level = self._sigmas[0].expand(len(y))
 
         def evaluate(x: Tensor, force: Tensor, images: list[int]) -> tuple[Tensor, int]:
             chosen = None if len(images) == len(y) else torch.tensor(images)
             missed = force.view_as(x)
             if self._weight is not None:
-                d = self._denoise(x, self._sigmas[0].expand(len(x)), 0, chosen)
+                d = self._denoise(x, level[: len(x)], 0, chosen)
                 torch.lerp(x, d, self._weight, out=missed).sub_(some(y, images))
                 return d, 1
             estimates: list[Tensor] = []
