@@ -82,7 +82,8 @@ class Nearest:
     Attributes:
         held: What holds its x, F and D, and its row there.
         residual: Of that x; as it is expected to be, where no call has checked it.
-        last: The residual of the evaluation before.
+        last: The residual of the last evaluation.
+        expected: That of the x that follows it, with caution.
         rate: The worst rate of convergence seen.
         stale: Evaluations since the residual last fell below PROGRESS of the best.
         calls: Model calls so far.
@@ -91,20 +92,20 @@ class Nearest:
     held: tuple[Evaluated, int]
     residual: float = math.inf
     last: float = math.inf
+    expected: float = math.inf
     rate: float = LEAST_RATE
     stale: int = 0
     calls: int = 0
 
-    def seen(self, residual: float, held: tuple[Evaluated, int], calls: int) -> float:
-        """Takes in an evaluation; returns the residual that is expected of the x that follows, with caution."""
+    def seen(self, residual: float, held: tuple[Evaluated, int], calls: int) -> None:
+        """Takes in an evaluation."""
         self.calls = calls
         self.stale = 0 if residual < PROGRESS * self.residual else self.stale + 1
         self.rate = max(self.rate, residual / self.last)
-        expected = math.inf if self.last == math.inf else residual * CAUTION * self.rate
+        self.expected = math.inf if self.last == math.inf else residual * CAUTION * self.rate
         if residual < self.residual:
             self.residual, self.held = residual, held
         self.last = residual
-        return expected
 
     def of(self) -> Evaluated:
         """Its own x and F, with shape (2, values), and D."""
@@ -160,28 +161,16 @@ class Solver:
         both = self._room(2, len(images))
         begin(both[0].view(self._shape))
         centre = both[0].clone() if reach < math.inf else both[0]
-        held = both, both[0]
-        states = [Nearest((held, row)) for row in images]
+        states = [Nearest(((both, both[0]), row)) for row in images]
         before: Tensor | None = None
         while images:
             denoised, made = evaluate(both[0].view(-1, *self._shape[1:]), both[1], images)
             spent += made
-            going: list[int] = []
-            ahead: list[int] = []
             with precise():
-                held = both, denoised
-                for row, (image, missed) in enumerate(zip(images, self._look(images, both, part, before))):
-                    state, residual, enough = states[image], missed / scale, self._enough[image]
-                    expected = state.seen(residual, (held, row), spent)
-                    if residual <= enough:
-                        continue
-                    if expected <= enough:
-                        state.residual = expected
-                        ahead.append(row)
-                    elif state.stale >= PATIENCE:
-                        self._enough[image] = max(enough, 2 * state.residual) if below > 0 else enough
-                    elif spent + made <= self.max_calls:
-                        going.append(row)
+                residuals = [missed / scale for missed in self._look(images, both, part, before)]
+                for row, (image, residual) in enumerate(zip(images, residuals)):
+                    states[image].seen(residual, ((both, denoised), row), spent)
+                going, ahead = self._judged(images, states, spent + made <= self.max_calls, below > 0)
                 if not (going or ahead):
                     break
                 both = self._begun_again(images, states, both)
@@ -191,6 +180,32 @@ class Solver:
             before = some(both, going, 1)
             images, both = [images[row] for row in going], some(following, going, 1)
         return solved(states, self._shape)
+
+    def _judged(
+        self, images: list[int], states: list[Nearest], more: bool, lenient: bool
+    ) -> tuple[list[int], list[int]]:
+        """The rows to evaluate once more, and those whose following x is expected to do without.
+
+        Arguments:
+            images: Those of the rows.
+            states: Of all images.
+            more: Whether there are calls left.
+            lenient: Whether an image that gets no nearer asks less of the levels that follow.
+        """
+        going: list[int] = []
+        ahead: list[int] = []
+        for row, image in enumerate(images):
+            state, enough = states[image], self._enough[image]
+            if state.last <= enough:
+                continue
+            if state.expected <= enough:
+                state.residual = state.expected
+                ahead.append(row)
+            elif state.stale >= PATIENCE:
+                self._enough[image] = max(enough, 2 * state.residual) if lenient else enough
+            elif more:
+                going.append(row)
+        return going, ahead
 
     def _room(self, rows: int, count: int) -> Tensor:
         """For x alone, or for x and F."""
