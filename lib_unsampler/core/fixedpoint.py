@@ -136,6 +136,7 @@ class Solver:
         size, values = source.flatten(1).shape
         self._sample = Sample(values, values if source.is_cuda else SAMPLED)
         self._sampled = source.new_zeros(WIDTH, size, *self._sample.shape)  # of dx and dF in turn, and of F
+        self._apart = in_parts(self._sampled.flatten(2))
         self._whole = self._sample.size == values
         self._pairs = self._sampled.flatten(2)[:-1] if self._whole else source.new_zeros(WIDTH - 1, size, values)
         self._learnt = [Pairs() for _ in range(size)]
@@ -223,10 +224,11 @@ class Solver:
                 self._learnt[image].keep(part)
         sampled = some(self._sampled, images, 1)
         sampled[-1] = self._sample.of(both[1])
-        looked = inner_products(sampled.flatten(2), sampled.flatten(2)).flatten(1)
+        apart = self._apart if sampled is self._sampled else in_parts(sampled.flatten(2))
+        looked = torch.bmm(apart, apart.mT).view(len(images), -1, WIDTH**2).sum(1)
         values = both.shape[2]
         if not self._whole:
-            norms = torch.linalg.vector_norm(both[1].view(len(images), in_parts(values), -1), dim=2)
+            norms = torch.linalg.vector_norm(both[1].view(len(images), parts(values), -1), dim=2)
             looked = torch.cat([looked, norms], 1)
         missed: list[float] = []
         for image, seen in zip(images, looked.tolist()):
@@ -268,18 +270,23 @@ class Solver:
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """Of vectors with shape (n, B, K) and (m, B, K), as (B, n, m).
+    """Of vectors with shape (n, B, K) and (m, B, K), as (B, n, m)."""
+    if not a.is_cuda and len(a) >= FEW:
+        return torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0))
+    size, values = a.shape[1:]
+    return torch.bmm(in_parts(a), in_parts(b).mT).view(size, parts(values), len(a), len(b)).sum(1)
 
-    A product of few rows goes along its inner dimension with one thread, or few programs of a GPU, so the vectors are
-    taken in parts.
+
+def in_parts(vectors: Tensor) -> Tensor:
+    """Vectors with shape (n, B, K), parted, as (B * parts, n, K / parts).
+
+    A product of few rows goes along its inner dimension with one thread, or few programs of a GPU.
     """
-    _, size, values = a.shape
-    parts = in_parts(values) if a.is_cuda or len(a) < FEW else 1
-    a, b = (x.view(len(x), size * parts, values // parts).transpose(0, 1) for x in (a, b))
-    return torch.bmm(a, b.mT).view(size, parts, a.shape[1], b.shape[1]).sum(1)
+    count, size, values = vectors.shape
+    return vectors.view(count, size * parts(values), values // parts(values)).transpose(0, 1)
 
 
-def in_parts(values: int) -> int:
+def parts(values: int) -> int:
     """How many equal parts vectors of so many values are taken in."""
     return next(count for count in range(PARTS, 0, -1) if values % count == 0)
 
