@@ -1,10 +1,10 @@
 """What the exact solvers take beside their model: time of each, looks at the device, and levels asked together.
 
 The embedded Gaussian prior on a picture of 400x300. On a CUDA device also latents of 4x128x128 in a batch of 4,
-float32, under a model that costs next to nothing, and a network of Stable Diffusion 1.5's size (random weights,
-float16) on latents of 4x64x64: DPM++ 2M with a call for each level, and with all levels of a round in one batch.
-20 Karras steps, cfg 1. The time of a model is what its calls took, on the device where it is there; the solver's is
-the rest. Looks are the times that the solver waited for the device.
+float32, under a model that costs next to nothing and under a network of Stable Diffusion 1.5's size (random weights,
+float16); and that network on latents of 4x64x64: DPM++ 2M with a call for each level, and with all levels of a round
+in one batch. 20 Karras steps, cfg 1. The time of a model is what its calls took, on the device where it is there; the
+solver's is the rest. Looks are the times that the solver waited for the device.
 """
 
 from __future__ import annotations
