@@ -31,7 +31,7 @@ PROGRESS, PATIENCE = 0.8, 6
 there the solver begins again from the best."""
 
 SAMPLED, RUN = 2**13, 64
-"""About how many values of large latents products are taken of, in runs of how many."""
+"""About how many values of large latents a processor takes products of, in runs of how many; a GPU takes them all."""
 
 PARTS, FEW = 16, 16
 """The most that inner products are summed in; and vectors of which a processor's product is as quick when whole."""
